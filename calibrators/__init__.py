@@ -1,0 +1,1 @@
+"""Statistics in, range out: one calibrator a file."""

@@ -1,0 +1,1 @@
+"""Graph passes, one file each: see the map in README."""
