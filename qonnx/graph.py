@@ -20,16 +20,18 @@ from qonnx.errors import ModelError, OutputError
 # open, and neither writing nor reading it ever holds all weights in memory.
 EXTERNAL_DATA_BYTES = 64 * 1024 * 1024
 
-FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+# The types that QuantizeLinear takes; float64 is not one of them.
+FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
 class Names:
-    """Every value and node name of a model, subgraphs and functions included, to make new names that clash with none."""
+    """Every value and node name of a model, subgraphs and functions included, to make names that clash with none."""
 
     def __init__(self, model: ir.Model) -> None:
         self._taken: set[str] = set()
         for graph in all_graphs(model):
-            self._taken.update(graph.initializers)
+            if isinstance(graph, ir.Graph):
+                self._taken.update(graph.initializers)
             self._taken.update(value.name for value in graph.inputs if value.name)
             for node in graph:
                 self._taken.update(value.name for value in node.outputs if value.name)
@@ -79,7 +81,7 @@ def is_initializer(value: ir.Value | None) -> bool:
 
 
 def is_float(value: ir.Value | None) -> bool:
-    """Whether the value is known to hold float32, float64, float16 or bfloat16 elements."""
+    """Whether the value is known to hold float32, float16 or bfloat16 elements."""
     return value is not None and value.dtype in FLOAT_TYPES
 
 

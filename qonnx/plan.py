@@ -1,0 +1,278 @@
+"""QuantPlan: for every tensor edge what is quantized and how, and for everything left in float the reason.
+
+The plan is the one source of the Q/DQ nodes and of the report. It is JSON with one tensor or layer a line, so that a
+person can read it, compare two of them, edit one, and feed it back with `--plan`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qonnx.errors import RecipeError
+from qonnx.graph import FLOAT_TYPES, float32
+from qonnx.numerics import Dtype, Granularity, PerAxis, PerTensor, absmax, scale_and_zero_point
+from qonnx.placement import Edge, Layer, Placement, place
+from qonnx.recipe import PerChannel, Recipe
+from qonnx.statistics import Statistics, TensorStatistics
+from qonnx.targets import Target
+
+
+class TensorPlan(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How one tensor is quantized on some of its edges.
+
+    Attributes:
+        value: the name of the value in the prepared graph.
+        edges: the inputs that read the quantized tensor; the others keep reading the float one.
+        dtype: the type of the codes.
+        granularity: which elements share a scale.
+        scale: one scale per tensor, channel or block, as a flat list.
+        zero_point: as many as there are scales, or empty when all are 0.
+        low: the smallest value the grid was made for; for a weight 0.
+        high: the largest value the grid was made for; for a weight 0.
+        sqnr_db: estimated signal-to-noise ratio after rounding, or None for a weight.
+        source: where the range comes from.
+    """
+
+    value: str
+    edges: tuple[Edge, ...]
+    dtype: Dtype
+    granularity: Granularity
+    scale: tuple[float, ...]
+    zero_point: tuple[int, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    sqnr_db: float | None = None
+    source: str = ""
+
+
+class LayerPlan(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A matrix product or convolution, and why it stays in float if it does."""
+
+    node: str
+    op: str
+    output: str
+    path: str = ""
+    reason: str = ""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether all its operands are quantized."""
+        return not self.reason
+
+
+class FloatOperators(msgspec.Struct, frozen=True):
+    """All operators of one kind that stay in float."""
+
+    op: str
+    count: int
+    reason: str
+
+
+class QuantPlan(msgspec.Struct, frozen=True):
+    """The decisions for one model, target and recipe."""
+
+    target: str
+    recipe: str
+    activations: tuple[TensorPlan, ...]
+    weights: tuple[TensorPlan, ...]
+    layers: tuple[LayerPlan, ...]
+    float_operators: tuple[FloatOperators, ...] = ()
+
+    @property
+    def quantized_layers(self) -> tuple[LayerPlan, ...]:
+        """The layers that run on integers."""
+        return tuple(layer for layer in self.layers if layer.quantized)
+
+    @property
+    def float_layers(self) -> tuple[LayerPlan, ...]:
+        """The layers that stay in float, each with its reason."""
+        return tuple(layer for layer in self.layers if not layer.quantized)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """JSON with one tensor, layer or kind of operator a line."""
+        fields = []
+        for name, value in msgspec.to_builtins(self).items():
+            if isinstance(value, list):
+                lines = ",\n".join("    " + _compact(entry) for entry in value)
+                fields.append(f'  "{name}": [\n{lines}\n  ]' if value else f'  "{name}": []')
+            else:
+                fields.append(f'  "{name}": {_compact(value)}')
+        return "{\n" + ",\n".join(fields) + "\n}\n"
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> QuantPlan:
+        """Reads a plan back.
+
+        Raises:
+            RecipeError: the file is missing or is not a plan.
+        """
+        try:
+            return msgspec.json.decode(Path(path).read_bytes(), type=QuantPlan)
+        except OSError as error:
+            raise RecipeError(f"plan {path}: cannot be read ({error.strerror})") from error
+        except (msgspec.DecodeError, RecipeError) as error:
+            raise RecipeError(f"plan {path}: not a valid plan ({error})") from error
+
+
+def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe, target: Target) -> QuantPlan:
+    """Decides everything: where (`qonnx.placement`), and with which scales (the recipe's calibrator).
+
+    Args:
+        model: the prepared float model.
+        statistics: of the values that `qonnx.placement.candidates` names.
+        recipe: resolved for the target.
+        target: the consumer of the quantized graph.
+    """
+    draft = place(model, recipe, target)
+    placement = place(model, recipe, target, _unfit(draft, statistics, recipe, target))
+    activations = _activation_plans(model.graph, placement, statistics, recipe, target)
+    weights = _weight_plans(model.graph, placement, recipe)
+    layers = tuple(
+        LayerPlan(node=layer.node, op=layer.op, output=layer.output, path=layer.path, reason=layer.reason)
+        for layer in placement.layers
+    )
+    left = tuple(FloatOperators(op, count, reason) for op, (count, reason) in placement.float_operators.items())
+    return QuantPlan(target.name, recipe.name, activations, weights, layers, left)
+
+
+def _unfit(draft: Placement, statistics: Statistics, recipe: Recipe, target: Target) -> dict[str, str]:
+    """Layers that no scale can save: an operand was never observed, is not finite, or would mostly be rounded away."""
+    reasons = {}
+    for layer in draft.layers:
+        if layer.reason:
+            continue
+        for operand in layer.operands:
+            if operand.channel_axis is None:
+                reason = _unfit_activation(operand.value, draft, statistics, recipe, target)
+                if reason:
+                    reasons[layer.node] = reason
+                    break
+    return reasons
+
+
+def _unfit_activation(value: str, placement: Placement, statistics: Statistics, recipe: Recipe, target: Target) -> str:
+    observed = statistics.tensors.get(value)
+    if observed is None or observed.count == 0:
+        return f"its input {value} was not observed in calibration"
+    if not observed.finite:
+        return f"its input {value} is not always finite"
+    low, high, _ = _range(value, placement, observed, recipe, target)
+    sqnr = _rounding_sqnr(observed, low, high, recipe, target)
+    if sqnr < recipe.minimum_sqnr_db:
+        spread = max(-low, high) / max(math.sqrt(observed.mean_square), 1e-30)
+        return f"its input {value} would keep {sqnr:.1f} dB: its largest element is {spread:.0f} times its RMS"
+    return ""
+
+
+def _range(
+    value: str, placement: Placement, observed: TensorStatistics, recipe: Recipe, target: Target
+) -> tuple[float, float, str]:
+    if value in placement.probabilities:
+        return 0.0, 1.0, "softmax"
+    calibrator = recipe.activations.calibrator
+    low, high = calibrator.range(observed, _dtype(recipe), target.symmetric)
+    return float(low), float(high), str(calibrator.__struct_config__.tag)
+
+
+def _dtype(recipe: Recipe) -> Dtype:
+    dtype = recipe.activations.dtype
+    return Dtype.INT8 if isinstance(dtype, msgspec.UnsetType) else dtype
+
+
+def _rounding_sqnr(observed: TensorStatistics, low: float, high: float, recipe: Recipe, target: Target) -> float:
+    """Signal over rounding noise, taken as uniform over one step: E[x^2] / (step^2 / 12), in dB."""
+    if observed.mean_square == 0:
+        return math.inf
+    scale, _ = scale_and_zero_point(np.float32(low), np.float32(high), _dtype(recipe), symmetric=target.symmetric)
+    return 10 * math.log10(12 * observed.mean_square / float(scale) ** 2)
+
+
+def _activation_plans(
+    graph: ir.Graph, placement: Placement, statistics: Statistics, recipe: Recipe, target: Target
+) -> tuple[TensorPlan, ...]:
+    ranges = {}
+    for value in placement.activations:
+        observed = statistics.tensors.get(value)
+        if observed is not None and observed.count and observed.finite:
+            ranges[value] = _range(value, placement, observed, recipe, target)
+    tied: dict[str, list[tuple[float, float, str]]] = {}
+    for value, found in ranges.items():
+        tied.setdefault(placement.ties[value], []).append(found)
+    dtypes = {value.name: value.dtype for node in graph for value in (*node.inputs, *node.outputs) if value is not None}
+    plans = []
+    for value, edges in placement.activations.items():
+        if value not in ranges:
+            continue
+        group = tied[placement.ties[value]]
+        low, high = min(entry[0] for entry in group), max(entry[1] for entry in group)
+        scale, zero = scale_and_zero_point(
+            np.float32(low), np.float32(high), _dtype(recipe), symmetric=target.symmetric
+        )
+        sqnr = _rounding_sqnr(statistics.tensors[value], low, high, recipe, target)
+        plans.append(
+            TensorPlan(
+                value=value,
+                edges=edges,
+                dtype=_dtype(recipe),
+                granularity=PerTensor(),
+                scale=_floats(_stored(scale, dtypes[value])),
+                zero_point=(int(zero),) if int(zero) else (),
+                low=low,
+                high=high,
+                sqnr_db=round(sqnr, 2) if math.isfinite(sqnr) else None,
+                source=ranges[value][2] if len(group) == 1 else f"{ranges[value][2]}, shared by {len(group)} tensors",
+            )
+        )
+    return tuple(plans)
+
+
+def _weight_plans(graph: ir.Graph, placement: Placement, recipe: Recipe) -> tuple[TensorPlan, ...]:
+    plans = []
+    for (name, axis), edges in placement.weights.items():
+        tensor = graph.initializers[name].const_value
+        if tensor is None or tensor.dtype not in FLOAT_TYPES:
+            continue
+        granularity = PerAxis(axis) if isinstance(recipe.weights.granularity, PerChannel) else PerTensor()
+        largest = absmax(float32(tensor.numpy()), granularity)
+        scale, _ = scale_and_zero_point(-largest, largest, recipe.weights.dtype, symmetric=True)
+        scale = _stored(scale, tensor.dtype)
+        plans.append(TensorPlan(name, edges, recipe.weights.dtype, granularity, _floats(scale), source="absmax"))
+    return tuple(plans)
+
+
+def _stored(scale: npt.NDArray[np.float32], dtype: ir.DataType | None) -> npt.NDArray[np.float32]:
+    """The scale as it will be stored, in the float type of the graph; never rounded down to 0."""
+    if dtype is None or dtype == ir.DataType.FLOAT:
+        return scale
+    kind = dtype.numpy()
+    smallest = np.float32(2.0**-24 if dtype == ir.DataType.FLOAT16 else 2.0**-126)
+    return np.maximum(scale, smallest).astype(kind).astype(np.float32)
+
+
+def _floats(array: npt.NDArray[np.float32]) -> tuple[float, ...]:
+    """Float32 values as the shortest decimals that read back to the same float32."""
+    return tuple(float(str(value)) for value in np.ravel(np.asarray(array, np.float32)))
+
+
+def _compact(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def edges_by_node(tensors: Iterable[TensorPlan]) -> Mapping[Edge, TensorPlan]:
+    """Which tensor plan each edge belongs to."""
+    return {edge: tensor for tensor in tensors for edge in tensor.edges}
+
+
+__all__ = ["Edge", "FloatOperators", "Layer", "LayerPlan", "QuantPlan", "TensorPlan", "edges_by_node", "make_plan"]

@@ -1,0 +1,150 @@
+"""Which layer is to blame: what each quantized layer, alone, does to the outputs.
+
+Every quantized edge gets a switch, so that one session serves all measurements:
+
+    Where(switch[layer], DequantizeLinear(QuantizeLinear(x)), x)
+
+With n quantized layers that costs n + 1 passes over one batch, and no graph is built or loaded twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qonnx.graph import Names
+from qonnx.passes.insert_qdq import InsertQDQ
+from qonnx.plan import QuantPlan
+from qonnx.runtime import session
+
+
+class LayerCost(msgspec.Struct, frozen=True):
+    """What one layer does to the outputs when only it is quantized.
+
+    Attributes:
+        node: the layer's node name.
+        op: its operator.
+        path: the path of the module that made it, or "".
+        sqnr_db: the lowest signal-to-noise ratio over the floating-point outputs.
+    """
+
+    node: str
+    op: str
+    path: str
+    sqnr_db: float
+
+
+def layer_costs(model: ir.Model, plan: QuantPlan, batch: Mapping[str, npt.NDArray[Any]]) -> tuple[LayerCost, ...]:
+    """Measures every quantized layer alone on one batch; the most costly comes first.
+
+    Args:
+        model: the prepared float model that the plan was made for; it is not changed.
+        plan: the plan whose quantized layers are measured.
+        batch: one batch of inputs.
+    """
+    layers = plan.quantized_layers
+    if not layers:
+        return ()
+    switched, name = _with_switches(model, plan)
+    runner = session(switched)
+    off = np.zeros(len(layers), bool)
+    reference = runner.run({**batch, name: off})
+    costs = []
+    for index, layer in enumerate(layers):
+        switches = off.copy()
+        switches[index] = True
+        outputs = runner.run({**batch, name: switches})
+        sqnr = min(
+            (_sqnr(reference[key], outputs[key]) for key in outputs if _is_real(reference[key])), default=math.inf
+        )
+        costs.append(LayerCost(layer.node, layer.op, layer.path, sqnr))
+    return tuple(sorted(costs, key=lambda cost: cost.sqnr_db))
+
+
+def _with_switches(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, str]:
+    """The quantized graph with a boolean input [layers] that turns each layer's quantization on."""
+    switched = model.clone()
+    graph = switched.graph
+    nodes = {node.name: node for node in graph}
+    edges = {edge for tensor in (*plan.activations, *plan.weights) for edge in tensor.edges}
+    before = {edge: nodes[edge.node].inputs[edge.input] for edge in edges}
+    weights = dict(graph.initializers)
+    InsertQDQ(plan)(switched)
+    for value in weights.values():
+        if value.name not in graph.initializers:
+            graph.register_initializer(value)
+    names = Names(switched)
+    switches = ir.Value(
+        name=names.fresh("quantized_layers"),
+        type=ir.TensorType(ir.DataType.BOOL),
+        shape=ir.Shape([len(plan.quantized_layers)]),
+    )
+    graph.inputs.append(switches)
+    layer_index = _layer_of_edges(graph, plan)
+    for edge in sorted(edges):
+        node, original = nodes[edge.node], before[edge]
+        where = _switch(graph, names, switches, layer_index.get(edge.node), node.inputs[edge.input], original)
+        graph.insert_before(node, where)
+        node.replace_input_with(edge.input, where[-1].outputs[0])
+    return switched, switches.name or ""
+
+
+def _layer_of_edges(graph: ir.Graph, plan: QuantPlan) -> dict[str, int]:
+    """Which layer a node's quantized inputs are counted for; a node on the path of a weight counts for its layer."""
+    index = {layer.node: number for number, layer in enumerate(plan.quantized_layers)}
+    for node in reversed(list(graph)):
+        if node.name not in index and node.op_type in ("Transpose", "Cast", "Identity", "Add", "Concat", "MaxPool"):
+            readers = [usage.node.name for output in node.outputs for usage in output.uses()]
+            known = [index[name] for name in readers if name in index]
+            if known and node.name:
+                index[node.name] = known[0]
+    return index
+
+
+def _switch(
+    graph: ir.Graph,
+    names: Names,
+    switches: ir.Value,
+    layer: int | None,
+    quantized: ir.Value | None,
+    original: ir.Value | None,
+) -> list[ir.Node]:
+    """The nodes that choose between the quantized and the float value; without a layer, always the float one."""
+    if layer is None:
+        return [ir.node("Identity", [original], name=names.fresh("float_edge"))]
+    number = ir.Value(
+        name=names.fresh(f"layer_{layer}"),
+        type=ir.TensorType(ir.DataType.INT64),
+        shape=ir.Shape([]),
+        const_value=ir.tensor(np.array(layer, np.int64)),
+    )
+    graph.register_initializer(number)
+    gather = ir.node("Gather", [switches, number], name=names.fresh("switch"))
+    gather.outputs[0].name = names.fresh("switch_value")
+    where = ir.node("Where", [gather.outputs[0], quantized, original], name=names.fresh("switch_edge"))
+    where.outputs[0].name = names.fresh("switched")
+    return [gather, where]
+
+
+def _is_real(array: npt.NDArray[Any]) -> bool:
+    return array.dtype.kind not in "iubOSU"
+
+
+def _sqnr(reference: npt.NDArray[Any], measured: npt.NDArray[Any]) -> float:
+    """10 log10(sum x^2 / sum (x - y)^2), over the elements that are finite in both; -inf when y is never finite."""
+    if reference.shape != measured.shape:
+        return -math.inf
+    x, y = reference.astype(np.float64), measured.astype(np.float64)
+    usable = np.isfinite(x) & np.isfinite(y)
+    if not usable.any():
+        return -math.inf
+    signal, noise = float(np.sum(x[usable] ** 2)), float(np.sum((x[usable] - y[usable]) ** 2))
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
