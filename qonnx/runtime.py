@@ -144,7 +144,7 @@ class Session:
         import onnxruntime as ort
 
         dtype = self._types[name]
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         if dtype not in _RAW_TYPES:
             return ort.OrtValue.ortvalue_from_numpy(array)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.itemsize}"), int(dtype))
@@ -207,6 +207,24 @@ def session(
         else:
             break
     return Session(native, level, buffers.values(), outputs, origin)
+
+
+def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
+    """What a graph expects to be fed, without opening it in ONNX Runtime.
+
+    Raises:
+        ModelError: an input is not a tensor, or its type is not declared.
+    """
+    specs = []
+    for value in model.graph.inputs:
+        if value.is_initializer():
+            continue
+        if value.dtype is None or not isinstance(value.type, ir.TensorType):
+            raise ModelError(f"{model.graph.name or 'model'}: input {value.name!r} is not declared as a tensor")
+        sizes = [size if isinstance(size, int) else size.value for size in value.shape or ()]
+        shape = None if value.shape is None else tuple(sizes)
+        specs.append(InputSpec(value.name or "", np.dtype(value.dtype.numpy()), shape))
+    return tuple(specs)
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

@@ -11,7 +11,7 @@ import pytest
 
 from qonnx import runtime
 from qonnx.errors import DataError, DependencyError, ModelError
-from qonnx.runtime import InputSpec, Optimization, Session, session, with_outputs
+from qonnx.runtime import InputSpec, Optimization, Session, input_specs, session, with_outputs
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 
@@ -41,11 +41,13 @@ def rng() -> np.random.Generator:
 
 
 def test_inputs_and_outputs_are_described() -> None:
-    opened = open_text(
-        "g (float16[batch, 3, ?] x, int64[batch] n, bfloat16[2] b)"
+    model = ir.from_onnx_text(
+        f"{HEADER} g (float16[batch, 3, ?] x, int64[batch] n, bfloat16[2] b)"
         "=> (float16[batch, 3, ?] y, int64[batch] m, bfloat16[2] c)"
         "{ y = Identity(x) m = Identity(n) c = Identity(b) }"
     )
+    opened = session(model)
+    assert opened.inputs == input_specs(model)
     assert opened.inputs == (
         InputSpec("x", np.dtype(np.float16), ("batch", 3, None)),
         InputSpec("n", np.dtype(np.int64), ("batch",)),
@@ -56,8 +58,12 @@ def test_inputs_and_outputs_are_described() -> None:
 
 
 def test_an_initializer_that_is_also_an_input_need_not_be_fed() -> None:
-    opened = open_text("g (float[2] x, float[2] w) => (float[2] y) <float[2] w = {3, 4}> { y = Mul(x, w) }")
+    model = ir.from_onnx_text(
+        f"{HEADER} g (float[2] x, float[2] w) => (float[2] y) <float[2] w = {{3, 4}}> {{ y = Mul(x, w) }}"
+    )
+    opened = session(model)
     assert [spec.name for spec in opened.inputs] == ["x"]
+    assert opened.inputs == input_specs(model)
     np.testing.assert_array_equal(opened.run({"x": np.ones(2, np.float32)})["y"], [3, 4])
 
 
@@ -70,6 +76,20 @@ def test_outputs_are_returned_by_name_and_can_be_chosen() -> None:
     np.testing.assert_array_equal(chosen.run({"x": x})["b"], [1, 2])
     with pytest.raises(ModelError, match="no tensor output is called 'c'; it has a, b"):
         open_text(text, outputs=["c"])
+
+
+def test_unknown_ranks_and_scalars_are_told_apart_by_the_graph() -> None:
+    model = ir.from_onnx_text(f"{HEADER} g (float x, float[] y) => (float z) {{ z = Add(x, y) }}")
+    assert [spec.shape for spec in input_specs(model)] == [(), None]
+    assert [spec.shape for spec in session(model).inputs] == [None, None]
+
+
+def test_inputs_that_are_not_tensors_are_refused() -> None:
+    model = ir.from_onnx_text(f"{HEADER} g (seq(float[2]) s) => (int64 n) {{ n = SequenceLength(s) }}")
+    with pytest.raises(ModelError, match="g: input 's' is not declared as a tensor"):
+        input_specs(model)
+    with pytest.raises(ModelError, match=r"g: input 's' is a seq\(tensor\(float\)\); only tensors can be fed"):
+        session(model)
 
 
 def test_sequence_outputs_are_left_out() -> None:
