@@ -8,8 +8,8 @@ ONNX specification. Where these leave something open, or differ from each other:
 
 * Division and multiplication are done in float32, whatever the types of `x` and `scale`, and the dequantized value is
   rounded once to the type of the scale. (The specification divides in the type of the scale; ONNX Runtime does not.)
-* Values outside the grid saturate, infinities included. (So do ONNX Runtime's kernels for 8 and 16 bits. Its 2-bit
-  kernel, and the odd last element of its 4-bit kernel, send quotients of 2^31 and more to the lowest code.)
+* Values outside the grid saturate, infinities included. ONNX Runtime does the same for quotients below 2^31; beyond
+  that, and for NaN, its integer kernels other than 8 and 16 bits per tensor or per axis in float32 overflow an int32.
 * NaN becomes the lowest code of an integer type, as in ONNX Runtime on x86; the specification says nothing. It stays
   NaN in float8, and becomes 6 in float4e2m1, as the specification of that type says.
 * Integer types have one zero: -0.0 comes back as +0.0. Float types keep the sign.
@@ -17,7 +17,7 @@ ONNX specification. Where these leave something open, or differ from each other:
 
 import enum
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import msgspec
 import numpy as np
@@ -28,7 +28,8 @@ from qonnx.errors import DataError, RecipeError
 
 Array: TypeAlias = npt.NDArray[Any]
 
-SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal
+FLOAT32 = np.finfo(np.float32)
+SHORT_FLOATS = (ir.DataType.FLOAT16.numpy(), ir.DataType.BFLOAT16.numpy())
 
 
 class Dtype(enum.StrEnum):
@@ -104,21 +105,14 @@ class Dtype(enum.StrEnum):
 class PerTensor(msgspec.Struct, frozen=True, tag_field="kind", tag="per_tensor", forbid_unknown_fields=True):
     """One scale for the whole tensor."""
 
-    @property
-    def opset(self) -> int:
-        """The lowest ONNX opset whose QuantizeLinear has this granularity."""
-        return 10
+    opset: ClassVar[int] = 10
 
 
 class PerAxis(msgspec.Struct, frozen=True, tag_field="kind", tag="per_axis", forbid_unknown_fields=True):
     """One scale per index of `axis`; a negative axis counts from the back."""
 
     axis: int
-
-    @property
-    def opset(self) -> int:
-        """The lowest ONNX opset whose QuantizeLinear has this granularity."""
-        return 13
+    opset: ClassVar[int] = 13
 
 
 class Blocked(msgspec.Struct, frozen=True, tag_field="kind", tag="blocked", forbid_unknown_fields=True):
@@ -126,18 +120,15 @@ class Blocked(msgspec.Struct, frozen=True, tag_field="kind", tag="blocked", forb
 
     axis: int
     block_size: int
+    opset: ClassVar[int] = 21
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise RecipeError(f"block_size {self.block_size} is not possible: give a size of 1 or more")
 
-    @property
-    def opset(self) -> int:
-        """The lowest ONNX opset whose QuantizeLinear has this granularity."""
-        return 21
-
 
 Granularity: TypeAlias = PerTensor | PerAxis | Blocked
+"""Which elements share a scale. `opset` is the lowest ONNX opset whose QuantizeLinear can say so."""
 
 
 def quantize(
@@ -187,12 +178,7 @@ def dequantize(q: Array, scale: npt.ArrayLike, zero_point: npt.ArrayLike | None,
            [-16. ,   2. ]], dtype=float32)
     """
     q = np.asarray(q)
-    steps, zeros = _parameters(scale, zero_point, q.shape, granularity)
-    values = np.empty(q.shape, np.float32)
-    for out, codes, step, zero in _pieces(granularity, (values, q), (steps, zeros)):
-        np.subtract(codes, zero, out=out, dtype=np.float32, casting="unsafe")
-        np.multiply(out, step, out=out)
-    return values.astype(_value_type(scale), copy=False)
+    return _from_grid(q, np.empty(q.shape, np.float32), scale, zero_point, granularity)
 
 
 def fake_quantize(
@@ -208,13 +194,8 @@ def fake_quantize(
     x = np.asarray(x)
     grid = _grid(x, scale, zero_point, dtype, granularity)
     if not dtype.is_integer:
-        grid = grid.astype(dtype.numpy)
-    steps, zeros = _parameters(scale, zero_point, x.shape, granularity)
-    values = grid if dtype.is_integer else grid.astype(np.float32)
-    for out, step, zero in _pieces(granularity, (values,), (steps, zeros)):
-        np.subtract(out, zero, out=out)
-        np.multiply(out, step, out=out)
-    return values.astype(_value_type(scale), copy=False)
+        grid[...] = grid.astype(dtype.numpy)
+    return _from_grid(grid, grid, scale, zero_point, granularity)
 
 
 def scale_and_zero_point(
@@ -231,7 +212,8 @@ def scale_and_zero_point(
     | float (`symmetric` means nothing)     | max(-low, high) / maximum             | 0                             |
 
     An affine range is widened to contain 0 first. A scale below the smallest normal float32, 2^-126, becomes 1: such a
-    range is all zeros or next to it, its values get the code of 0, and 1 survives a cast to float16.
+    range is all zeros or next to it, its values get the code of 0, and 1 survives a cast to float16. Scales of ranges
+    that reach the end of float32, as attention masks do, are lowered until every code dequantizes to a finite value.
 
     Args:
         low: lower ends, of any shape.
@@ -251,17 +233,19 @@ def scale_and_zero_point(
     (array([0.01, 0.01], dtype=float32), array([  0, 100], dtype=uint8))
     """
     low, high = _ends(low, high)
-    reach = np.maximum(np.abs(low), np.abs(high))
+    reach = np.maximum(-low, high)
     if dtype.is_integer and not symmetric:
         low, high = np.minimum(low, 0), np.maximum(high, 0)
-        scale = _usable((high - low) / (dtype.maximum - dtype.minimum))
+        span = dtype.maximum - dtype.minimum
+        scale = _usable((high - low) / span, span)
         zero_point = np.clip(np.rint(dtype.minimum - low / scale), dtype.minimum, dtype.maximum)
     elif dtype.is_integer and not dtype.signed:
         middle = 2 ** (dtype.bits - 1)
-        scale = _usable(np.where(low >= 0, high / dtype.maximum, reach / (middle - 1)))
         zero_point = np.where(low >= 0, 0, middle)
+        codes = np.where(low >= 0, dtype.maximum, middle)
+        scale = _usable(reach / np.where(low >= 0, dtype.maximum, middle - 1), codes)
     else:
-        scale = _usable(reach / dtype.maximum)
+        scale = _usable(reach / dtype.maximum, -dtype.minimum)
         zero_point = np.zeros_like(reach)
     return scale, np.asarray(zero_point).astype(dtype.numpy)
 
@@ -336,7 +320,7 @@ def _grid(
     steps, zeros = _parameters(scale, zero_point, x.shape, granularity)
     _check_parameters(steps, zeros, dtype)
     grid = np.empty(x.shape, np.float32)
-    with np.errstate(over="ignore"):  # what overflows float32 saturates below
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity and (signaling) NaN are dealt with below
         for out, values, step, zero in _pieces(granularity, (grid, x), (steps, zeros)):
             np.divide(values, step, out=out, dtype=np.float32, casting="unsafe")
             if dtype.is_integer:
@@ -354,12 +338,24 @@ def _grid(
     return grid
 
 
+def _from_grid(
+    q: Array, values: Array, scale: npt.ArrayLike, zero_point: npt.ArrayLike | None, granularity: Granularity
+) -> Array:
+    """`(q - zero_point) * scale`, computed in the float32 buffer `values`, rounded once to the type of the scale."""
+    steps, zeros = _parameters(scale, zero_point, q.shape, granularity)
+    dtype = np.asarray(scale).dtype
+    with np.errstate(over="ignore", invalid="ignore"):  # a code times a huge scale is infinity, as in the operator
+        for codes, out, step, zero in _pieces(granularity, (q, values), (steps, zeros)):
+            np.subtract(codes, zero, out=out, dtype=np.float32, casting="unsafe")
+            np.multiply(out, step, out=out)
+        return values.astype(dtype if dtype in SHORT_FLOATS else np.float32, copy=False)
+
+
 def _parameters(
     scale: npt.ArrayLike, zero_point: npt.ArrayLike | None, shape: tuple[int, ...], granularity: Granularity
 ) -> tuple[Array, Array]:
     """Scale and zero point in float32, of the shape that the tensor asks for."""
-    expected = scale_shape(shape, granularity)
-    found = []
+    expected, found = scale_shape(shape, granularity), []
     for name, value in (("scale", scale), ("zero point", zero_point)):
         array = np.zeros(expected, np.float32) if value is None else np.asarray(value).astype(np.float32)
         if array.shape != expected and not (expected == () and array.shape == (1,)):
@@ -431,12 +427,8 @@ def _ends(low: npt.ArrayLike, high: npt.ArrayLike) -> tuple[Array, Array]:
     return low.astype(np.float64), high.astype(np.float64)
 
 
-def _usable(scale: Array) -> Array:
-    single = np.asarray(scale).astype(np.float32)
-    return np.where(single < SMALLEST_NORMAL, np.float32(1), single)
-
-
-def _value_type(scale: npt.ArrayLike) -> np.dtype[Any]:
-    """The type that DequantizeLinear gives its output: float32, unless the scale is of a shorter float type."""
-    dtype = np.asarray(scale).dtype
-    return dtype if dtype in (np.float16, ir.DataType.BFLOAT16.numpy()) else np.dtype(np.float32)
+def _usable(scale: Array, codes: npt.ArrayLike) -> Array:
+    """`scale` in float32: small enough that `codes` steps are finite, and 1 where it would be subnormal."""
+    limit = np.nextafter(np.asarray(FLOAT32.max / np.asarray(codes), np.float32), np.float32(0))
+    single = np.minimum(np.asarray(scale, np.float32), limit)
+    return np.where(single < FLOAT32.smallest_normal, np.float32(1), single)
