@@ -1,0 +1,48 @@
+"""Turns what the compiler says into one line for people."""
+
+from __future__ import annotations
+
+import re
+
+from qonnx.engine.protocol import Refusal
+
+_CODED = re.compile(r"Error Code \d+: [^(]*\((.*?)\.? In \w+ at ", re.DOTALL)
+_SOURCE = re.compile(r"^(?:\[[^\]]*\] |\w+\.[ch]pp:\d+: )")
+_QUOTED = re.compile(r'&& "(.*)"')
+
+
+def refusal_message(refusal: Refusal) -> str:
+    """Which node, why, and what to do.
+
+    >>> refusal_message(Refusal("Assertion failed: allZero(z): Zero point must be zero.", "x_Q", "QuantizeLinear"))
+    "node 'x_Q' (QuantizeLinear): Zero point must be zero; quantize with target='a800', or leave this tensor in float"
+    """
+    if not refusal.op:
+        return reason(refusal.text)
+    quantizes = refusal.op in ("QuantizeLinear", "DequantizeLinear")
+    remedy = "quantize with target='a800', or leave this tensor in float" if quantizes else "replace or correct it"
+    return f"node {refusal.node!r} ({refusal.op}): {reason(refusal.text)}; {remedy}"
+
+
+def reason(text: str) -> str:
+    r"""The part of a message that a user can act on, without assertion code and places in the compiler's source.
+
+    >>> reason("getDimensions: Error Code 4: API Usage Error (b: type is Int32. In checkType at /x.cpp:4)\nmore")
+    'b: type is Int32'
+    >>> reason("Assertion failed: (all || some): Scale coefficients must all be positive")
+    'Scale coefficients must all be positive'
+    >>> reason('creator && "Plugin not found"')
+    'Plugin not found'
+    >>> reason("false")
+    'TensorRT does not have this operator'
+    """
+    if coded := _CODED.search(text):
+        text = coded[1]
+    _, assertion, failed = text.rpartition("Assertion failed: ")
+    if assertion:
+        text = failed.partition(": ")[2] or failed
+    if quoted := _QUOTED.search(text):
+        text = quoted[1]
+    text = _SOURCE.sub("", text).partition(" Please set kENABLE_")[0]  # that flag is for other hardware
+    text = " ".join(text.split()).rstrip(".")
+    return text if text != "false" else "TensorRT does not have this operator"
