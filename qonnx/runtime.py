@@ -113,14 +113,15 @@ class Session:
             raise ModelError(f"{self._origin}: input {value.name!r} is {value.type}; feed int8 and cast in the graph")
         return InputSpec(value.name, np.dtype(dtype.numpy()), tuple(value.shape) or None)
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Runs the graph once.
 
         Args:
             feeds: one array per input, of exactly its type.
+            outputs: return these only; all of `Session.outputs` by default.
 
         Returns:
-            One array per name in `outputs`, in that order. bfloat16, float8, int4 and the like come back as arrays of
+            One array per output name, in that order. bfloat16, float8, int4 and the like come back as arrays of
             the `ml_dtypes` types.
 
         Raises:
@@ -132,13 +133,14 @@ class Session:
         convert = self._to_native if self._raw else lambda _, array: array
         fed = {spec.name: convert(spec.name, feeds[spec.name]) for spec in self.inputs}
         run = self._native.run_with_ort_values if self._raw else self._native.run
+        names = list(self.outputs if outputs is None else outputs)
         try:
-            values = run(list(self.outputs), fed)
+            values = run(names, fed)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise DataError(
                 f"{self._origin}: does not run on this batch ({_reason(error)}); check the values and shapes fed"
             ) from error
-        return dict(zip(self.outputs, map(_from_native, values) if self._raw else values, strict=True))
+        return dict(zip(names, map(_from_native, values) if self._raw else values, strict=True))
 
     def _to_native(self, name: str, array: Array) -> Any:
         import onnxruntime as ort
