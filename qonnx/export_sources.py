@@ -1,0 +1,188 @@
+"""Where a torch module to export comes from: a factory in the user's code, or a local Hugging Face directory."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qonnx.errors import DependencyError, ExportError
+from qonnx.export_inputs import require_torch
+from qonnx.graph import first_line
+
+if TYPE_CHECKING:
+    import torch
+
+# What is exported: the module, its example inputs, and the names of its dynamic dimensions.
+Source = tuple["torch.nn.Module", tuple[Any, ...] | dict[str, Any], Mapping[str, Any] | None]
+
+# The example sentences: two, so that no dimension has size one, and short, so that the export is quick.
+BATCH, SEQUENCE = 2, 16
+
+
+def load_factory(spec: str) -> Source:
+    """Calls `PACKAGE.MODULE:FACTORY`; modules in the current directory are found.
+
+    The factory takes no arguments and returns `(module, args)` or `(module, args, dynamic_shapes)`, as `export` takes
+    them.
+
+    Raises:
+        ExportError: there is no such factory, it fails, or it returns something else.
+        DependencyError: torch is not installed.
+    """
+    require_torch()
+    import torch
+
+    name, _, attribute = spec.partition(":")
+    if not name or not attribute:
+        raise ExportError(f"{spec!r} is not PACKAGE.MODULE:FACTORY; for example mypackage.models:build")
+    with _importable(os.getcwd()):
+        try:
+            factory = getattr(importlib.import_module(name), attribute, None)
+        except Exception as error:  # the user's module may raise anything
+            raise ExportError(
+                f"{spec}: {name} cannot be imported: {type(error).__name__}: {first_line(error)}; "
+                "run from the folder that holds it"
+            ) from error
+        if not callable(factory):
+            raise ExportError(f"{spec}: {name} has no function {attribute!r}; check the spelling")
+        try:
+            made = factory()
+        except Exception as error:
+            raise ExportError(f"{spec} failed: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
+        raise ExportError(f"{spec} must return (module, args) or (module, args, dynamic_shapes)")
+    return made[0], made[1], made[2] if len(made) == 3 else None
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def load_huggingface(directory: str | os.PathLike[str]) -> Source:
+    """Loads a local Hugging Face model directory, and makes example inputs from its configuration.
+
+    The class is the one that `config.json` names under `architectures`, else the base model. Weights are loaded as
+    float32, which every later step can run on a CPU, and attention in its elementary form (MatMul, Softmax, MatMul),
+    which can be quantized. Nothing is fetched, and no code from the directory runs.
+
+    Text models get `input_ids`, `attention_mask` (one row padded) and, if they tell segments apart, `token_type_ids`;
+    batch and sequence are dynamic. Image models get `pixel_values`; the batch is dynamic.
+
+    Raises:
+        ExportError: the directory holds no model that transformers can load, weights are missing, or the model takes
+            neither text nor images.
+        DependencyError: transformers is not installed.
+    """
+    require_torch()
+    try:
+        import transformers
+    except ImportError as error:
+        raise DependencyError(
+            "a Hugging Face directory needs transformers: pip install 'qonnx-pipeline[hf]'"
+        ) from error
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise ExportError(f"{directory}: no config.json in it, so it is not a Hugging Face model directory")
+    with _silent(transformers):
+        try:
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+            module, missing = _load_weights(transformers, config, directory)
+        except ExportError:
+            raise
+        except Exception as error:  # transformers raises many types for a damaged or unknown model
+            raise ExportError(f"{directory} cannot be loaded: {first_line(error)}") from error
+    if missing:
+        raise ExportError(
+            f"{directory}: {len(missing)} weights of {type(module).__name__} are missing, {missing[0]} for one; "
+            "load the class you mean in a factory and export that"
+        )
+    args, dynamic_shapes = _example(module, config, directory)
+    return module, args, dynamic_shapes
+
+
+def _load_weights(transformers: Any, config: Any, directory: Path) -> tuple[torch.nn.Module, list[str]]:
+    import torch
+
+    architecture = (config.architectures or [None])[0]
+    kind = getattr(transformers, architecture, None) if architecture else transformers.AutoModel
+    if kind is None:
+        raise ExportError(f"{directory}: transformers has no class {architecture!r}; load it in a factory")
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # past keys and values are for generation, step by step
+    module, info = kind.from_pretrained(
+        directory,
+        config=config,
+        local_files_only=True,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    return module.eval(), sorted(info["missing_keys"])
+
+
+def _example(module: torch.nn.Module, config: Any, directory: Path) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
+    main = getattr(module, "main_input_name", "input_ids")
+    if main == "input_ids":
+        inputs = _text(module, config)
+        decoder = {name: "decoder_sequence" for name in inputs if name.startswith("decoder")}
+        return inputs, {name: {0: "batch", 1: decoder.get(name, "sequence")} for name in inputs}
+    if main == "pixel_values":
+        return {"pixel_values": _image(config)}, {"pixel_values": {0: "batch"}}
+    raise ExportError(f"{directory}: no example inputs are known for a model that takes {main!r}; use a factory")
+
+
+def _text(module: torch.nn.Module, config: Any) -> dict[str, torch.Tensor]:
+    import torch
+
+    config = config.get_text_config()
+    length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE) // 2)
+    padding = getattr(config, "pad_token_id", None)
+    ids = torch.randint(config.vocab_size, (BATCH, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[-1, length - length // 4 :] = 0
+    if padding is not None and 0 <= padding < config.vocab_size:
+        ids[ids == padding] = (padding + 1) % config.vocab_size
+        ids[mask == 0] = padding
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if getattr(config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = (torch.arange(length) >= length // 2).long().repeat(BATCH, 1)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids[:, : length // 2].clone()
+    accepted = inspect.signature(module.forward).parameters
+    return {name: value for name, value in inputs.items() if name in accepted}
+
+
+def _image(config: Any) -> torch.Tensor:
+    import torch
+
+    size = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    shape = (BATCH, getattr(config, "num_channels", 3), height, width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def _silent(transformers: Any) -> Iterator[None]:
+    """Without transformers' progress bars and load reports."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
