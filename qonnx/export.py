@@ -227,6 +227,8 @@ def _check_axes(graph: ir.Graph, inputs: ExampleInputs, kind: str) -> None:
             where = f"{kind}: axis {axis} of input {value.name!r}"
             if isinstance(found, int):
                 raise ExportError(f"{where} cannot be dynamic: forward works for size {found} only; leave {name!r} out")
+            if found.value not in inputs.sizes():
+                raise ExportError(f"{where} can only be {found.value}; leave {name!r} out of dynamic_shapes")
             if found.value != name:
                 raise ExportError(f"{where} always has the size of {found.value!r}: call it that instead of {name!r}")
 

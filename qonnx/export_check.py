@@ -11,9 +11,10 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from qonnx.errors import ExportError
+from qonnx.errors import ExportError, ModelError
 from qonnx.export_inputs import ExampleInputs, element_types, run_module, to_numpy
 from qonnx.graph import first_line
+from qonnx.runtime import session
 
 if TYPE_CHECKING:
     import torch
@@ -77,15 +78,11 @@ def _open(path: Path, *, reference: bool) -> Runner:
 
         evaluator = ReferenceEvaluator(str(path))
         return lambda feeds: list(evaluator.run(None, feeds))
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what matters is raised
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ExportError(f"ONNX Runtime cannot load the exported graph: {first_line(error)}") from error
-    return lambda feeds: list(session.run(None, feeds))
+        opened = session(path)
+    except ModelError as error:
+        raise ExportError(f"the exported graph is refused by ONNX Runtime: {first_line(error)}") from error
+    return lambda feeds: list(opened.run(feeds).values())
 
 
 def _in_other_sizes(module: torch.nn.Module, inputs: ExampleInputs) -> ExampleInputs | None:

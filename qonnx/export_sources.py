@@ -21,8 +21,17 @@ if TYPE_CHECKING:
 # What is exported: the module, its example inputs, and the names of its dynamic dimensions.
 Source = tuple["torch.nn.Module", tuple[Any, ...] | dict[str, Any], Mapping[str, Any] | None]
 
-# The example sentences: two, so that no dimension has size one, and short, so that the export is quick.
-BATCH, SEQUENCE = 2, 16
+# The examples: two, so that no dimension has size one, and short, so that the export is quick.
+BATCH, SEQUENCE, SAMPLES = 2, 16, 4000
+
+# What the second axis of an input counts, where it may change.
+AXIS_1 = {
+    "input_ids": "sequence",
+    "attention_mask": "sequence",
+    "token_type_ids": "sequence",
+    "decoder_input_ids": "decoder_sequence",
+    "input_values": "samples",
+}
 
 
 def load_factory(spec: str) -> Source:
@@ -44,7 +53,7 @@ def load_factory(spec: str) -> Source:
     with _importable(os.getcwd()):
         try:
             factory = getattr(importlib.import_module(name), attribute, None)
-        except Exception as error:  # the user's module may raise anything
+        except (Exception, SystemExit) as error:  # the user's module may raise anything
             raise ExportError(
                 f"{spec}: {name} cannot be imported: {type(error).__name__}: {first_line(error)}; "
                 "run from the folder that holds it"
@@ -53,7 +62,7 @@ def load_factory(spec: str) -> Source:
             raise ExportError(f"{spec}: {name} has no function {attribute!r}; check the spelling")
         try:
             made = factory()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ExportError(f"{spec} failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], torch.nn.Module):
         raise ExportError(f"{spec} must return (module, args) or (module, args, dynamic_shapes)")
@@ -78,11 +87,12 @@ def load_huggingface(directory: str | os.PathLike[str]) -> Source:
     which can be quantized. Nothing is fetched, and no code from the directory runs.
 
     Text models get `input_ids`, `attention_mask` (one row padded) and, if they tell segments apart, `token_type_ids`;
-    batch and sequence are dynamic. Image models get `pixel_values`; the batch is dynamic.
+    batch and sequence are dynamic. Image models get `pixel_values`; the batch is dynamic. Audio models get
+    `input_values`; batch and samples are dynamic.
 
     Raises:
         ExportError: the directory holds no model that transformers can load, weights are missing, or the model takes
-            neither text nor images.
+            none of these.
         DependencyError: transformers is not installed.
     """
     require_torch()
@@ -97,7 +107,7 @@ def load_huggingface(directory: str | os.PathLike[str]) -> Source:
         raise ExportError(f"{directory}: no config.json in it, so it is not a Hugging Face model directory")
     with _silent(transformers):
         try:
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             module, missing = _load_weights(transformers, config, directory)
         except ExportError:
             raise
@@ -108,7 +118,10 @@ def load_huggingface(directory: str | os.PathLike[str]) -> Source:
             f"{directory}: {len(missing)} weights of {type(module).__name__} are missing, {missing[0]} for one; "
             "load the class you mean in a factory and export that"
         )
-    args, dynamic_shapes = _example(module, config, directory)
+    try:
+        args, dynamic_shapes = _example(module, config, directory)
+    except AttributeError as error:
+        raise ExportError(f"{directory}: no example inputs can be made: {error}; use a factory") from error
     return module, args, dynamic_shapes
 
 
@@ -125,6 +138,7 @@ def _load_weights(transformers: Any, config: Any, directory: Path) -> tuple[torc
         directory,
         config=config,
         local_files_only=True,
+        trust_remote_code=False,
         dtype=torch.float32,
         attn_implementation="eager",
         output_loading_info=True,
@@ -133,21 +147,26 @@ def _load_weights(transformers: Any, config: Any, directory: Path) -> tuple[torc
 
 
 def _example(module: torch.nn.Module, config: Any, directory: Path) -> tuple[dict[str, Any], dict[str, dict[int, str]]]:
-    main = getattr(module, "main_input_name", "input_ids")
-    if main == "input_ids":
-        inputs = _text(module, config)
-        decoder = {name: "decoder_sequence" for name in inputs if name.startswith("decoder")}
-        return inputs, {name: {0: "batch", 1: decoder.get(name, "sequence")} for name in inputs}
-    if main == "pixel_values":
-        return {"pixel_values": _image(config)}, {"pixel_values": {0: "batch"}}
-    raise ExportError(f"{directory}: no example inputs are known for a model that takes {main!r}; use a factory")
+    accepted = inspect.signature(module.forward).parameters
+    inputs: dict[str, Any] = {}
+    if "input_ids" in accepted:
+        inputs.update(_text(config))
+    if "pixel_values" in accepted:
+        inputs["pixel_values"] = _image(config)
+    if "input_values" in accepted:
+        inputs["input_values"] = _noise(BATCH, SAMPLES)
+    inputs = {name: value for name, value in inputs.items() if name in accepted}
+    if not inputs:
+        main = getattr(module, "main_input_name", "unknown inputs")
+        raise ExportError(f"{directory}: no example inputs are known for a model that takes {main!r}; use a factory")
+    return inputs, {name: {0: "batch"} | ({1: AXIS_1[name]} if name in AXIS_1 else {}) for name in inputs}
 
 
-def _text(module: torch.nn.Module, config: Any) -> dict[str, torch.Tensor]:
+def _text(config: Any) -> dict[str, torch.Tensor]:
     import torch
 
     config = config.get_text_config()
-    length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE) // 2)
+    length = min(SEQUENCE, getattr(config, "max_position_embeddings", SEQUENCE))
     padding = getattr(config, "pad_token_id", None)
     ids = torch.randint(config.vocab_size, (BATCH, length), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -160,16 +179,19 @@ def _text(module: torch.nn.Module, config: Any) -> dict[str, torch.Tensor]:
         inputs["token_type_ids"] = (torch.arange(length) >= length // 2).long().repeat(BATCH, 1)
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids[:, : length // 2].clone()
-    accepted = inspect.signature(module.forward).parameters
-    return {name: value for name, value in inputs.items() if name in accepted}
+    return inputs
 
 
 def _image(config: Any) -> torch.Tensor:
-    import torch
-
+    config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    shape = (BATCH, getattr(config, "num_channels", 3), height, width)
+    return _noise(BATCH, getattr(config, "num_channels", 3), height, width)
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    import torch
+
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 

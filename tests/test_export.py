@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -444,6 +446,9 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
             def broken():
                 raise KeyError("weights.pt")
+
+            def leaving():
+                raise SystemExit(2)
         """)
     )
     monkeypatch.chdir(tmp_path)
@@ -463,6 +468,7 @@ def test_a_factory_is_exported(package: Path) -> None:
     [
         ("wrong", r"must return \(module, args\) or"),
         ("broken", "failed: KeyError: 'weights.pt'"),
+        ("leaving", "failed: SystemExit: 2"),
         ("LIMIT", "has no function 'LIMIT'"),
         ("absent", "has no function 'absent'"),
         ("", "is not PACKAGE.MODULE:FACTORY"),
@@ -489,7 +495,8 @@ def test_a_source_that_is_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
+    transformers: Any = importlib.import_module("transformers")
+
     directory = tmp_path_factory.mktemp("bert")
     config = transformers.BertConfig(
         vocab_size=100,
@@ -516,6 +523,32 @@ def test_a_hugging_face_directory_is_exported(bert: Path, tmp_path: Path, capfd:
     assert "bert.encoder.layer.0.attention.self.query.weight" in graph.initializers
     assert "bert.encoder.layer.1.intermediate.dense/MatMul" in {node.name for node in graph}
     assert [node.op_type for node in graph].count("Softmax") == 2
+
+
+def test_example_inputs_follow_the_configuration(tmp_path: Path) -> None:
+    transformers: Any = importlib.import_module("transformers")
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.ViTConfig(**small, image_size=[8, 16], patch_size=8)
+    transformers.ViTModel(config).save_pretrained(tmp_path / "image")
+    _, args, dynamic_shapes = load_huggingface(tmp_path / "image")
+    assert isinstance(args, dict)
+    assert {name: tuple(value.shape) for name, value in args.items()} == {"pixel_values": (2, 3, 8, 16)}
+    assert dynamic_shapes == {"pixel_values": {0: "batch"}}
+
+    config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    transformers.T5ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "text")
+    module, args, dynamic_shapes = load_huggingface(tmp_path / "text")
+    assert isinstance(args, dict)
+    assert {name: tuple(value.shape) for name, value in args.items()} == {
+        "input_ids": (2, 16),
+        "attention_mask": (2, 16),
+        "decoder_input_ids": (2, 8),
+    }
+    assert dynamic_shapes is not None
+    assert dynamic_shapes["decoder_input_ids"] == {0: "batch", 1: "decoder_sequence"}
+    assert args["attention_mask"].sum() == 28  # one row is padded, so that a mask that is ignored shows
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    assert not module.training
 
 
 def test_missing_weights_are_not_made_up(bert: Path, tmp_path: Path) -> None:
@@ -553,7 +586,7 @@ def test_a_damaged_directory(text: str, tmp_path: Path) -> None:
 def test_absent_packages(
     absent: str, call: Callable[[Path], Any], remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, absent, None)
+    monkeypatch.setitem(sys.modules, absent, None)
     with pytest.raises(DependencyError, match=remedy):
         call(tmp_path / "m.onnx")
 
