@@ -4,8 +4,10 @@
                       read by the edges that the plan names; every other reader keeps x
     weight W      ->  DequantizeLinear(codes of W, scale, zero_point); the float weight goes when nobody reads it
 
-Codes are computed when the file is written, one weight after the other. A bias stays float. Zero points are always
-written, even when they are 0: without one QuantizeLinear means uint8.
+    bias b        ->  b + shift, still in float
+
+Codes are computed when the file is written, one weight after the other. Zero points are always written, even when they
+are 0: without one QuantizeLinear means uint8.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qonnx.errors import RecipeError
-from qonnx.graph import Names, float32
+from qonnx.graph import Names, constant, float32
 from qonnx.numerics import Blocked, PerAxis, PerTensor, quantize
-from qonnx.plan import Edge, QuantPlan, TensorPlan
+from qonnx.placement import Edge
+from qonnx.plan import BiasPlan, QuantPlan, TensorPlan
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class InsertQDQ(ir.passes.InPlacePass):
             _insert_weight(graph, names, nodes, tensor)
         for tensor in self.plan.activations:
             _insert_activation(graph, names, nodes, tensor)
+        for bias in self.plan.biases:
+            _shift_bias(graph, names, nodes, bias)
         return ir.passes.PassResult(model, bool(self.plan.activations or self.plan.weights))
 
 
@@ -75,11 +80,11 @@ def _insert_weight(graph: ir.Graph, names: Names, nodes: dict[str, ir.Node], ten
 def _codes(weight: ir.TensorProtocol, tensor: TensorPlan) -> ir.LazyTensor:
     scale, zero_point = _parameters(tensor, tuple(weight.shape.numpy()))
 
-    def evaluate() -> ir.Tensor:
+    def evaluate() -> ir.TensorProtocol:
         codes = quantize(float32(weight.numpy()), scale, zero_point, tensor.dtype, tensor.granularity)
         return ir.Tensor(codes, dtype=tensor.dtype.onnx)
 
-    return ir.LazyTensor(evaluate, dtype=tensor.dtype.onnx, shape=ir.Shape(weight.shape), name=tensor.value)
+    return ir.LazyTensor(evaluate, dtype=tensor.dtype.onnx, shape=ir.Shape(weight.shape.numpy()), name=tensor.value)
 
 
 def _insert_activation(graph: ir.Graph, names: Names, nodes: dict[str, ir.Node], tensor: TensorPlan) -> None:
@@ -112,6 +117,30 @@ def _insert_activation(graph: ir.Graph, names: Names, nodes: dict[str, ir.Node],
         graph.insert_after(producer, [quantize_node, dequantize])
     for edge in tensor.edges:
         nodes[edge.node].replace_input_with(edge.input, dequantize.outputs[0])
+
+
+def _shift_bias(graph: ir.Graph, names: Names, nodes: dict[str, ir.Node], plan: BiasPlan) -> None:
+    node = nodes.get(plan.edge.node)
+    if node is None:
+        raise RecipeError(f"plan: the model has no node {plan.edge.node!r}; make the plan again for this model")
+    index = plan.edge.input
+    bias = node.inputs[index] if index < len(node.inputs) else None
+    shift = np.array(plan.shift, np.float32)
+    if bias is None:
+        dtype, stem = node.outputs[0].dtype or ir.DataType.FLOAT, f"{node.name}_bias"
+        corrected = shift
+        node.resize_inputs(max(len(node.inputs), index + 1))
+    else:
+        stored = constant(bias)
+        if stored is None or stored.size not in (1, shift.size):
+            raise RecipeError(f"plan: input {index} of node {node.name!r} is no bias of {shift.size} channels")
+        dtype, stem = bias.dtype or ir.DataType.FLOAT, bias.name or f"{node.name}_bias"
+        corrected = float32(stored).reshape(-1) + shift
+        corrected = corrected.reshape(stored.shape) if stored.size == shift.size else corrected
+    tensor = ir.Tensor(corrected.astype(dtype.numpy()), dtype=dtype)
+    node.replace_input_with(index, _initializer(graph, names, f"{stem}_corrected", tensor))
+    if bias is not None and bias.is_initializer() and not bias.uses() and bias.name:
+        del graph.initializers[bias.name]
 
 
 def _dequantize(graph: ir.Graph, names: Names, tensor: TensorPlan, codes: ir.Value, like: ir.Value) -> ir.Node:
@@ -173,7 +202,9 @@ def _provenance(tensor: TensorPlan) -> dict[str, str]:
 
 def _initializer(graph: ir.Graph, names: Names, stem: str, tensor: ir.TensorProtocol) -> ir.Value:
     name = names.fresh(stem)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 

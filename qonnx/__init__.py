@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qonnx.compare import Comparison, compare
+    from qonnx.comparison import Comparison, compare
     from qonnx.engine import build_engine
     from qonnx.errors import QonnxError
-    from qonnx.export import export
+    from qonnx.exporter import export
     from qonnx.pipeline import Result, calibrate, quantize
     from qonnx.plan import QuantPlan
     from qonnx.recipe import Recipe
     from qonnx.statistics import Statistics
 
 _HOMES = {
-    "Comparison": "qonnx.compare",
+    "Comparison": "qonnx.comparison",
     "QonnxError": "qonnx.errors",
     "QuantPlan": "qonnx.plan",
     "Recipe": "qonnx.recipe",
@@ -27,8 +27,8 @@ _HOMES = {
     "Statistics": "qonnx.statistics",
     "build_engine": "qonnx.engine",
     "calibrate": "qonnx.pipeline",
-    "compare": "qonnx.compare",
-    "export": "qonnx.export",
+    "compare": "qonnx.comparison",
+    "export": "qonnx.exporter",
     "quantize": "qonnx.pipeline",
 }
 

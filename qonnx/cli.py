@@ -50,7 +50,7 @@ def export(
     opset: Annotated[int, typer.Option(help="18 to 25.")] = 21,
 ) -> None:
     """Exports a torch module, checks it against torch on two shapes, and writes ONNX."""
-    from qonnx.export import export_from
+    from qonnx.exporter import export_from
 
     path = export_from(source, output, opset=opset)
     typer.echo(f"wrote {path}")
@@ -89,7 +89,7 @@ def quantize(
 ) -> None:
     """Quantizes a model, compares it with the original on held-back batches, and writes it."""
     from qonnx.pipeline import quantize as run
-    from qonnx.tables import result_table
+    from qonnx.tables import result_tables
 
     with _Progress() as progress:
         result = run(
@@ -105,7 +105,7 @@ def quantize(
         )
     if save_plan is not None:
         result.plan.save(save_plan)
-    _print(*result_table(result))
+    _print(*result_tables(result))
 
 
 @app.command()
@@ -117,7 +117,7 @@ def compare(
     max_batches: MaxBatches = None,
 ) -> None:
     """Signal-to-quantization-noise ratio, cosine and largest error of every output."""
-    from qonnx.compare import compare as run
+    from qonnx.comparison import compare as run
     from qonnx.tables import comparison_tables
 
     _print(*comparison_tables(run(reference, candidate, data, layers=layers, max_batches=max_batches)))
@@ -131,9 +131,9 @@ def engine(
 ) -> None:
     """Builds a TensorRT engine for the target; tensorrt-rtx does so without a GPU."""
     from qonnx.engine import build_engine
-    from qonnx.tables import engine_table
+    from qonnx.tables import engine_tables
 
-    _print(*engine_table(build_engine(model, output, target=target)))
+    _print(*engine_tables(build_engine(model, output, target=target)))
 
 
 @app.command()

@@ -1,40 +1,48 @@
 """The one call: float model and data in, quantized model and an honest account of it out.
 
-    load -> prepare -> observe -> plan -> insert -> check and compare on batches that were held back -> write
+    load -> prepare -> observe -> plan, correct biases, insert, compare on batches that were held back -> write
 
-Nothing appears at the output path before the last step.
+Where the comparison misses the recipe's goal, the middle part is repeated with the most costly layers in float. Nothing
+appears at the output path before the last step.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import onnx_ir as ir
 
+from qonnx.bias_correction import correct_biases
 from qonnx.calibrate import Progress, observe
-from qonnx.compare import Comparison, compare
-from qonnx.data import HoldOut, batches
+from qonnx.comparison import Comparison, compare
+from qonnx.data import Batch, HoldOut, batches
 from qonnx.errors import ModelError, OutputError
-from qonnx.graph import all_graphs, first_line, load, parameters, publish, save, staging
+from qonnx.graph import all_graphs, first_line, is_float, load, parameters, publish, save, staging
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.prepare import prepare
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, make_plan
 from qonnx.recipe import Recipe, load_recipe, resolve
-from qonnx.runtime import session
-from qonnx.sensitivity import LayerCost, layer_costs
+from qonnx.runtime import input_specs
+from qonnx.sensitivity import LayerCost, layer_costs, most_costly
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
 from qonnx.targets import target as find_target
 
-# Below this output signal-to-noise ratio task metrics usually start to suffer, so the result carries a warning.
-ACCEPTABLE_SQNR_DB = 15.0
+# At most one layer in so many is left in float to reach the recipe's goal.
+_LARGEST_SHARE_LEFT = 4
+
+# How much of the calibration data is kept for the steps that look at some of it again.
+_SAMPLE_BATCHES = 16
+_SAMPLE_BYTES = 128 * 1024 * 1024
 
 ModelSource = str | os.PathLike[str] | ir.Model
 Report = Callable[[Progress], None]
@@ -50,12 +58,13 @@ class Result(msgspec.Struct, frozen=True):
         held_out: the number of those batches; 0 when there was only one batch and it served for both.
         float_bytes: weights before, in bytes.
         quantized_bytes: weights after, in bytes.
-        unquantized_bytes: how many of the bytes after are weights that no layer multiplies by, such as embedding
-            tables, and that stay in float for that reason.
+        lookup_bytes: how many of them are embedding tables and the like, which are looked up and not multiplied; they
+            stay in float.
         seconds: wall time per stage.
         notes: what preparation changed.
         warnings: what the user should know before using the file.
-        costs: when the output suffers, what each quantized layer alone does to it, the worst first.
+        costs: where the first attempt missed the recipe's goal, what each quantized layer alone did to the outputs,
+            the worst first.
     """
 
     output: str
@@ -64,7 +73,7 @@ class Result(msgspec.Struct, frozen=True):
     held_out: int
     float_bytes: int
     quantized_bytes: int
-    unquantized_bytes: int
+    lookup_bytes: int
     seconds: dict[str, float]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -89,7 +98,7 @@ def calibrate(
         progress: called after every batch.
     """
     prepared, _ = _prepared(model)
-    stream = batches(data, session(prepared).inputs, max_batches=max_batches)
+    stream = batches(data, input_specs(prepared), max_batches=max_batches)
     values = candidates(place(prepared, Recipe(), find_target(target)))
     return observe(prepared, values, stream, progress=progress)
 
@@ -132,38 +141,104 @@ def quantize(
     with staging(output) as folder:
         prepared, notes = _prepared(model)
         clock.lap("prepare")
-        with_held_out = HoldOut(batches(data, session(prepared).inputs, max_batches=max_batches))
+        held = HoldOut(batches(data, input_specs(prepared), max_batches=max_batches))
+        sample: list[Batch] = []
         values = candidates(place(prepared, chosen, consumer))
-        statistics = observe(prepared, values, with_held_out, progress=progress)
+        statistics = observe(prepared, values, _keeping(held, sample), progress=progress)
         clock.lap("calibrate")
-        decided = given or make_plan(prepared, statistics, chosen, consumer)
-        quantized = prepared.clone()
-        InsertQDQ(decided)(quantized)
-        _stamp(quantized, chosen, consumer, with_held_out.digest)
-        _check_opset(quantized)
-        file = folder / output.name
-        save(quantized, file)
-        _check_valid(file)
-        clock.lap("plan and insert")
-        comparison = compare(model, file, with_held_out.kept)
-        clock.lap("compare")
-        warnings, suffers = _warnings(decided, comparison, with_held_out, statistics)
-        costs = layer_costs(prepared, decided, with_held_out.kept[0]) if suffers else ()
-        clock.lap("find costly layers")
+        if given is None:
+            attempt = _best(_Job(model, prepared, statistics, chosen, consumer, sample, held, folder / output.name))
+        else:
+            attempt = _attempt(given, prepared, model, held, folder / output.name, chosen, consumer)
+        clock.lap("plan, insert and compare")
         publish(folder, output.parent)
     return Result(
         output=str(output),
-        plan=decided,
-        comparison=comparison,
-        held_out=0 if with_held_out.shared else len(with_held_out.kept),
+        plan=attempt.plan,
+        comparison=attempt.comparison,
+        held_out=0 if held.shared else len(held.kept),
         float_bytes=parameters(prepared)[1],
-        quantized_bytes=parameters(quantized)[1],
-        unquantized_bytes=_unquantized_bytes(quantized, decided),
+        quantized_bytes=attempt.bytes,
+        lookup_bytes=_lookup_bytes(prepared),
         seconds=clock.laps,
         notes=notes,
-        warnings=warnings,
-        costs=costs,
+        warnings=_warnings(attempt, held, chosen),
+        costs=attempt.costs,
     )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What stays the same over the attempts of one call."""
+
+    model: ModelSource
+    prepared: ir.Model
+    statistics: Statistics
+    recipe: Recipe
+    target: Target
+    sample: list[Batch]
+    held: HoldOut
+    file: Path
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One plan, and what it makes of the held-back batches."""
+
+    plan: QuantPlan
+    comparison: Comparison
+    bytes: int
+    costs: tuple[LayerCost, ...] = ()
+
+
+def _best(job: _Job) -> _Attempt:
+    """Plans, inserts and compares; where the goal is missed, leaves the most costly layers in float and tries again."""
+    leave: dict[str, str] = {}
+    costs: tuple[LayerCost, ...] = ()
+    while True:
+        plan = make_plan(job.prepared, job.statistics, job.recipe, job.target, leave)
+        if job.recipe.correct_biases:
+            plan = correct_biases(job.prepared, plan, job.sample)
+        attempt = _attempt(plan, job.prepared, job.model, job.held, job.file, job.recipe, job.target)
+        reached = _worst_sqnr(attempt.comparison)
+        if reached >= job.recipe.goal_sqnr_db or job.recipe.goal_sqnr_db <= 0 or not plan.quantized_layers:
+            return replace(attempt, costs=costs)
+        if not costs:
+            costs = layer_costs(job.prepared, plan, job.sample[0])
+        remaining = [cost for cost in costs if cost.node in {layer.node for layer in plan.quantized_layers}]
+        allowed = len(plan.layers) // _LARGEST_SHARE_LEFT - len(leave)
+        more = most_costly(remaining, reached, job.recipe.goal_sqnr_db, allowed)
+        if not more:
+            return replace(attempt, costs=costs)
+        leave |= {cost.node: f"quantized alone, it leaves {cost.sqnr_db:.1f} dB of the output" for cost in more}
+
+
+def _attempt(
+    plan: QuantPlan,
+    prepared: ir.Model,
+    model: ModelSource,
+    held: HoldOut,
+    file: Path,
+    recipe: Recipe,
+    target: Target,
+) -> _Attempt:
+    """Writes the quantized model into the staging folder and compares it with the original."""
+    quantized = prepared.clone()
+    InsertQDQ(plan)(quantized)
+    _stamp(quantized, recipe, target, held.digest)
+    save(quantized, file)
+    _check_valid(file)
+    return _Attempt(plan, compare(model, file, held.kept), parameters(quantized)[1])
+
+
+def _keeping(stream: Iterable[Batch], kept: list[Batch]) -> Iterator[Batch]:
+    """Passes batches on and keeps the first few, for the steps that need to see some of the data again."""
+    size = 0
+    for batch in stream:
+        size += sum(array.nbytes for array in batch.values())
+        if len(kept) < _SAMPLE_BATCHES and (not kept or size < _SAMPLE_BYTES):
+            kept.append(batch)
+        yield batch
 
 
 def _prepared(model: ModelSource) -> tuple[ir.Model, tuple[str, ...]]:
@@ -174,12 +249,6 @@ def _prepared(model: ModelSource) -> tuple[ir.Model, tuple[str, ...]]:
     # Scales in float16 came with opset 19; per-channel scales with 13.
     half = bool(dtypes & {ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
     return prepared, prepare(prepared, minimum_opset=19 if half else 13)
-
-
-def _check_opset(model: ir.Model) -> None:
-    opset = model.opset_imports.get("", 0)
-    if opset < 13:
-        raise ModelError(f"the model stays at opset {opset}, per-channel scales need 13: export it at a higher opset")
 
 
 def _check_valid(file: Path) -> None:
@@ -200,39 +269,44 @@ def _stamp(model: ir.Model, recipe: Recipe, target: Target, digest: str) -> None
     model.metadata_props["qonnx.calibration_data"] = digest
 
 
-def _warnings(
-    plan: QuantPlan, comparison: Comparison, held_out: HoldOut, statistics: Statistics
-) -> tuple[tuple[str, ...], bool]:
-    """What to say loudly, and whether the output suffers so much that the layers to blame should be searched."""
+def _worst_sqnr(comparison: Comparison) -> float:
+    """The lowest signal-to-noise ratio of all outputs; -inf where finite values became NaN or infinite."""
+    if any(output.nonfinite > output.nonfinite_reference for output in comparison.outputs):
+        return -math.inf
+    return min((output.sqnr_db for output in comparison.outputs if not math.isnan(output.sqnr_db)), default=math.inf)
+
+
+def _warnings(attempt: _Attempt, held: HoldOut, recipe: Recipe) -> tuple[str, ...]:
+    """What to say loudly."""
     warnings = []
-    suffers = False
-    if not plan.quantized_layers:
+    if not attempt.plan.quantized_layers:
         warnings.append("no layer was quantized: the file computes what the float model computes")
-    for output in comparison.outputs:
+    for output in attempt.comparison.outputs:
         if output.nonfinite > output.nonfinite_reference:
-            warnings.append(f"output {output.name} has {output.nonfinite} values that are not finite")
-            suffers = True
-        elif output.sqnr_db < ACCEPTABLE_SQNR_DB:
+            warnings.append(f"output {output.name}: {output.nonfinite} values are not finite")
+        elif output.sqnr_db < recipe.goal_sqnr_db:
             warnings.append(
-                f"output {output.name} keeps only {output.sqnr_db:.1f} dB of signal over quantization noise "
-                f"(below {ACCEPTABLE_SQNR_DB:.0f} dB accuracy usually drops)"
+                f"output {output.name} keeps only {output.sqnr_db:.1f} dB (the goal is {recipe.goal_sqnr_db:g} dB): "
+                "measure the task before you use this file; the layers that cost most are listed"
             )
-            suffers = True
-    if held_out.shared:
+        if output.agreement < 1:
+            warnings.append(f"output {output.name}: {1 - output.agreement:.2%} of its integers differ")
+        if output.mismatched_batches:
+            warnings.append(f"output {output.name}: its shape differs in {output.mismatched_batches} batches")
+    if held.shared:
         warnings.append("only one batch was given: the comparison uses the batch that calibration saw")
-    return tuple(warnings), suffers
+    return tuple(warnings)
 
 
-def _unquantized_bytes(model: ir.Model, plan: QuantPlan) -> int:
-    """Bytes of float weights that no quantizable layer multiplies by: embedding tables, mostly."""
-    readers = {layer.node for layer in plan.layers}
-    total = 0
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        looked_up = any(usage.node.op_type == "Gather" for usage in value.uses())
-        if tensor is not None and looked_up and not any(usage.node.name in readers for usage in value.uses()):
-            total += int(tensor.nbytes)
-    return total
+def _lookup_bytes(model: ir.Model) -> int:
+    """Bytes of embedding tables and the like, which are looked up and not multiplied, and stay in float."""
+    return sum(
+        int(value.const_value.nbytes)
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+        and is_float(value)
+        and any(usage.node.op_type == "Gather" and usage.idx == 0 for usage in value.uses())
+    )
 
 
 class _Clock:
@@ -246,6 +320,3 @@ class _Clock:
         now = time.perf_counter()
         self.laps[stage] = round(now - self._start, 3)
         self._start = now
-
-
-__all__ = ["ACCEPTABLE_SQNR_DB", "Result", "calibrate", "quantize"]

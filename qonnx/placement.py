@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import onnx_ir as ir
@@ -127,7 +127,7 @@ def place(model: ir.Model, recipe: Recipe, target: Target, leave: Mapping[str, s
     The model must be in the form that `qonnx.passes.prepare` makes: unique node names, shapes inferred where possible.
     """
     reasons = {**_ruled_out(model.graph, recipe), **(leave or {})}
-    layers = tuple(_layers(model.graph, recipe, reasons))
+    layers = _whole_attention(model.graph, tuple(_layers(model.graph, recipe, reasons)))
     activations: dict[str, set[Edge]] = {}
     weights: dict[tuple[str, int], set[Edge]] = {}
     for layer in layers:
@@ -214,6 +214,43 @@ def _product(node: ir.Node, recipe: Recipe, reasons: Mapping[str, str]) -> Layer
     if len(operands) < 2:
         return _layer(node, (), node.outputs[0], reason or "its weight is not readable as one constant matrix")
     return _layer(node, operands, node.outputs[0], reason)
+
+
+def _whole_attention(graph: ir.Graph, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Quantizes both products of an attention or neither.
+
+    The compiler makes one kernel of queries by keys, Softmax and probabilities by values. With one product on integers
+    it falls apart into several, which are slower than the float kernel.
+    """
+    products = {layer.node: layer for layer in layers if len(layer.operands) == 2 and layer.op == "MatMul"}
+    nodes = {node.name: node for node in graph if node.name in products}
+    reasons: dict[str, str] = {}
+    for name, node in nodes.items():
+        for partner in _softmax_readers(node):
+            if partner in products:
+                for one, other in ((name, partner), (partner, name)):
+                    if products[one].reason and not products[other].reason:
+                        reasons[other] = f"the other product of its attention, {one}, stays in float"
+    return tuple(replace(layer, reason=reasons.get(layer.node, layer.reason)) for layer in layers)
+
+
+def _softmax_readers(node: ir.Node) -> set[str]:
+    """The MatMuls that read the Softmax of a MatMul's result."""
+    found: set[str] = set()
+    pending = [(node.outputs[0], False)]
+    seen: set[ir.Value] = set()
+    while pending:
+        value, is_probability = pending.pop()
+        for usage in value.uses():
+            reader = usage.node
+            if not reader.outputs or reader.outputs[0] in seen:
+                continue
+            if is_probability and reader.op_type == "MatMul" and reader.name:
+                found.add(reader.name)
+            elif reader.op_type in (_KEEPS_VALUES if is_probability else _SCORES_TO_SOFTMAX):
+                seen.add(reader.outputs[0])
+                pending.append((reader.outputs[0], is_probability or reader.op_type == "Softmax"))
+    return found
 
 
 def _layer(node: ir.Node, operands: tuple[Operand, ...], output: ir.Value, reason: str) -> Layer:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ import onnx_ir as ir
 from qonnx.errors import RecipeError
 from qonnx.graph import FLOAT_TYPES, float32
 from qonnx.numerics import Dtype, Granularity, PerAxis, PerTensor, absmax, scale_and_zero_point
-from qonnx.placement import Edge, Layer, Placement, place
+from qonnx.placement import Edge, Placement, place
 from qonnx.recipe import PerChannel, Recipe
 from qonnx.statistics import Statistics, TensorStatistics
 from qonnx.targets import Target
@@ -51,6 +51,20 @@ class TensorPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     high: float = 0.0
     sqnr_db: float | None = None
     source: str = ""
+
+
+class BiasPlan(msgspec.Struct, frozen=True):
+    """What is added to the bias of a layer so that quantization leaves the mean of its result alone.
+
+    Attributes:
+        node: the layer.
+        edge: the input that reads the bias; of a convolution or Gemm without bias, the one that will.
+        shift: one value per output channel.
+    """
+
+    node: str
+    edge: Edge
+    shift: tuple[float, ...]
 
 
 class LayerPlan(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -85,6 +99,7 @@ class QuantPlan(msgspec.Struct, frozen=True):
     weights: tuple[TensorPlan, ...]
     layers: tuple[LayerPlan, ...]
     float_operators: tuple[FloatOperators, ...] = ()
+    biases: tuple[BiasPlan, ...] = ()
 
     @property
     def quantized_layers(self) -> tuple[LayerPlan, ...]:
@@ -126,7 +141,9 @@ class QuantPlan(msgspec.Struct, frozen=True):
             raise RecipeError(f"plan {path}: not a valid plan ({error})") from error
 
 
-def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe, target: Target) -> QuantPlan:
+def make_plan(
+    model: ir.Model, statistics: Statistics, recipe: Recipe, target: Target, leave: Mapping[str, str] | None = None
+) -> QuantPlan:
     """Decides everything: where (`qonnx.placement`), and with which scales (the recipe's calibrator).
 
     Args:
@@ -134,9 +151,10 @@ def make_plan(model: ir.Model, statistics: Statistics, recipe: Recipe, target: T
         statistics: of the values that `qonnx.placement.candidates` names.
         recipe: resolved for the target.
         target: the consumer of the quantized graph.
+        leave: node names of layers to leave in float, each with the reason.
     """
-    draft = place(model, recipe, target)
-    placement = place(model, recipe, target, _unfit(draft, statistics, recipe, target))
+    draft = place(model, recipe, target, leave)
+    placement = place(model, recipe, target, {**_unfit(draft, statistics, recipe, target), **(leave or {})})
     activations = _activation_plans(model.graph, placement, statistics, recipe, target)
     weights = _weight_plans(model.graph, placement, recipe)
     layers = tuple(
@@ -268,11 +286,3 @@ def _floats(array: npt.NDArray[np.float32]) -> tuple[float, ...]:
 
 def _compact(value: object) -> str:
     return msgspec.json.encode(value).decode()
-
-
-def edges_by_node(tensors: Iterable[TensorPlan]) -> Mapping[Edge, TensorPlan]:
-    """Which tensor plan each edge belongs to."""
-    return {edge: tensor for tensor in tensors for edge in tensor.edges}
-
-
-__all__ = ["Edge", "FloatOperators", "Layer", "LayerPlan", "QuantPlan", "TensorPlan", "edges_by_node", "make_plan"]

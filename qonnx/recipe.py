@@ -38,7 +38,7 @@ class Activations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dtype: Dtype | msgspec.UnsetType = msgspec.UNSET
     granularity: PerTensor = PerTensor()
-    calibrator: Calibrator = MinMax()
+    calibrator: Calibrator = Average()
 
 
 class Match(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,6 +66,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         attention: whether the two products inside attention (queries by keys, probabilities by values) are quantized.
         minimum_sqnr_db: a layer stays in float when one of its activations, rounded to its grid, would keep less
             than this signal-to-noise ratio.
+        goal_sqnr_db: when an output of the quantized model keeps less than this, the layers that cost most are left in
+            float, at most a quarter of all; 0 to never do that.
+        correct_biases: whether biases take up the shift of the mean that rounding causes.
         format: how quantization is written into the graph.
         rules: exceptions for single nodes.
     """
@@ -75,13 +78,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activations: Activations = Activations()
     attention: bool = True
     minimum_sqnr_db: float = 10.0
+    goal_sqnr_db: float = 16.0
+    correct_biases: bool = True
     format: Format = Format.QDQ
     rules: tuple[Rule, ...] = ()
 
 
 RECIPES: tuple[Recipe, ...] = (
     Recipe(name="int8"),
-    Recipe(name="int8-average", activations=Activations(calibrator=Average())),
+    Recipe(name="int8-minmax", activations=Activations(calibrator=MinMax())),
 )
 
 
@@ -89,8 +94,8 @@ def load_recipe(name_or_file: str | os.PathLike[str], settings: Sequence[str] = 
     """A built-in recipe by name, or one from a YAML file, with `key.key=value` settings applied on top.
 
     Example:
-        >>> load_recipe("int8", ["activations.calibrator.kind=average"]).activations.calibrator
-        Average()
+        >>> load_recipe("int8", ["activations.calibrator.kind=minmax"]).activations.calibrator
+        MinMax()
 
     Raises:
         RecipeError: the recipe is unknown, is not valid YAML, or has an unknown key or a value of the wrong type.

@@ -34,8 +34,8 @@ HONEST_OPTIONS = {
     "session.qdq_matmulnbits_accuracy_level": "1",
 }
 
-# ONNX Runtime quantizes float biases, and float weights beside a quantized activation, per tensor and on its own account.
-# That costs MobileNetV2 2 dB, and the figure would not be about the file.
+# ONNX Runtime quantizes float biases, and float weights beside a quantized activation (these per tensor), on its own
+# account. That costs MobileNetV2 2 dB, and the figure would not be about the file.
 DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
 
 # Types that numpy lacks: ONNX Runtime's Python interface takes and gives them as raw bytes only.
@@ -206,7 +206,9 @@ def session(
             sizes = [len(buffer) for buffer in buffers.values()]
             options.add_external_initializers_from_files_in_memory(list(buffers), list(buffers.values()), sizes)
         try:
-            native = ort.InferenceSession(source, options, providers=list(providers), enable_fallback=0, disabled_optimizers=DISABLED_OPTIMIZERS)
+            native = ort.InferenceSession(
+                source, options, providers=list(providers), enable_fallback=0, disabled_optimizers=DISABLED_OPTIMIZERS
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             if level is Optimization.NONE:
                 raise ModelError(f"{origin}: ONNX Runtime cannot load this graph: {_reason(error)}") from error

@@ -10,7 +10,7 @@ With n quantized layers that costs n + 1 passes over one batch, and no graph is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qonnx.comparison import difference
 from qonnx.graph import Names
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.plan import QuantPlan
@@ -60,9 +61,8 @@ def layer_costs(model: ir.Model, plan: QuantPlan, batch: Mapping[str, npt.NDArra
         switches = off.copy()
         switches[index] = True
         outputs = runner.run({**batch, name: switches})
-        sqnr = min(
-            (_sqnr(reference[key], outputs[key]) for key in outputs if _is_real(reference[key])), default=math.inf
-        )
+        ratios = [difference(key, reference[key], outputs[key]).sqnr_db for key in outputs]
+        sqnr = min((ratio for ratio in ratios if not math.isnan(ratio)), default=math.inf)
         costs.append(LayerCost(layer.node, layer.op, layer.path, sqnr))
     return tuple(sorted(costs, key=lambda cost: cost.sqnr_db))
 
@@ -73,7 +73,8 @@ def _with_switches(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, str]:
     graph = switched.graph
     nodes = {node.name: node for node in graph}
     edges = {edge for tensor in (*plan.activations, *plan.weights) for edge in tensor.edges}
-    before = {edge: nodes[edge.node].inputs[edge.input] for edge in edges}
+    edges |= {bias.edge for bias in plan.biases}
+    before = {edge: _read(nodes[edge.node], edge.input) for edge in edges}
     weights = dict(graph.initializers)
     InsertQDQ(plan)(switched)
     for value in weights.values():
@@ -89,10 +90,16 @@ def _with_switches(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, str]:
     layer_index = _layer_of_edges(graph, plan)
     for edge in sorted(edges):
         node, original = nodes[edge.node], before[edge]
+        if original is None:
+            continue  # a bias that the float layer does not have: its correction alone does not change the ranking
         where = _switch(graph, names, switches, layer_index.get(edge.node), node.inputs[edge.input], original)
         graph.insert_before(node, where)
         node.replace_input_with(edge.input, where[-1].outputs[0])
     return switched, switches.name or ""
+
+
+def _read(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _layer_of_edges(graph: ir.Graph, plan: QuantPlan) -> dict[str, int]:
@@ -132,19 +139,35 @@ def _switch(
     return [gather, where]
 
 
-def _is_real(array: npt.NDArray[Any]) -> bool:
-    return array.dtype.kind not in "iubOSU"
+def most_costly(costs: Sequence[LayerCost], reached_db: float, goal_db: float, at_most: int) -> tuple[LayerCost, ...]:
+    """The fewest layers to leave in float so that the outputs are expected to reach a goal.
 
+    The noise of the layers is taken to add up, scaled so that all together they make the noise that was measured.
 
-def _sqnr(reference: npt.NDArray[Any], measured: npt.NDArray[Any]) -> float:
-    """10 log10(sum x^2 / sum (x - y)^2), over the elements that are finite in both; -inf when y is never finite."""
-    if reference.shape != measured.shape:
-        return -math.inf
-    x, y = reference.astype(np.float64), measured.astype(np.float64)
-    usable = np.isfinite(x) & np.isfinite(y)
-    if not usable.any():
-        return -math.inf
-    signal, noise = float(np.sum(x[usable] ** 2)), float(np.sum((x[usable] - y[usable]) ** 2))
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    Args:
+        costs: the quantized layers, the most costly first.
+        reached_db: the signal-to-noise ratio of the outputs with all of them quantized.
+        goal_db: what is wanted.
+        at_most: how many may be left at most.
+
+    Returns:
+        At least one layer while `at_most` allows it, unless none costs anything.
+
+    Example:
+        >>> costs = [LayerCost(name, "MatMul", "", db) for name, db in [("a", 10.0), ("b", 20.0), ("c", 30.0)]]
+        >>> [cost.node for cost in most_costly(costs, reached_db=9.5, goal_db=16, at_most=3)]
+        ['a']
+    """
+    noise = [10 ** (-cost.sqnr_db / 10) for cost in costs]
+    total = math.fsum(noise)
+    if not math.isfinite(total) or not math.isfinite(reached_db):
+        return tuple(costs[: min(at_most, sum(share > 1 for share in noise) or 1)]) if at_most > 0 else ()
+    wanted = total * 10 ** ((reached_db - goal_db) / 10)
+    left: list[LayerCost] = []
+    remaining = total
+    for cost, share in zip(costs, noise, strict=True):
+        if (left and remaining <= wanted) or len(left) >= at_most or share == 0:
+            break
+        left.append(cost)
+        remaining -= share
+    return tuple(left)

@@ -17,9 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from qonnx import export_check, export_inputs
 from qonnx.errors import DependencyError, ExportError, OutputError
-from qonnx.export import OPSETS, export, export_from, load_factory, load_huggingface
+from qonnx.exporter import OPSETS, check, export, export_from, inputs, load_factory, load_huggingface
 from qonnx.graph import module_path
 
 
@@ -246,7 +245,7 @@ def test_training_mode_is_put_back(tmp_path: Path, caplog: pytest.LogCaptureFixt
     module.train()
     module[2].eval()
     state = {name: value.clone() for name, value in module.state_dict().items()}
-    with caplog.at_level(logging.WARNING, logger="qonnx.export"):
+    with caplog.at_level(logging.WARNING, logger="qonnx.exporter.export"):
         path = export(module, (torch.ones(3, 4),), tmp_path / "m.onnx")
     assert "training mode" in caplog.text
     assert [part.training for part in module.modules()] == [True, True, True, False]
@@ -383,7 +382,7 @@ def test_an_invalid_graph_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_declared_opset_is_checked(exported: ir.Model, tmp_path: Path) -> None:
     ir.save(exported, tmp_path / "m.onnx")
     with pytest.raises(ExportError, match="asked for opset 22, the exporter wrote 21"):
-        export_check.check_file(tmp_path / "m.onnx", 22)
+        check.check_file(tmp_path / "m.onnx", 22)
 
 
 @pytest.mark.parametrize("path", ["missing/m.onnx", "."])
@@ -407,7 +406,7 @@ def test_a_path_that_cannot_be_written(path: str, tmp_path: Path) -> None:
     ],
 )
 def test_disagreement(expected: Any, result: Any, problem: str | None) -> None:
-    found = export_check.disagreement(expected, result, 1e-3)
+    found = check.disagreement(expected, result, 1e-3)
     if problem is None:
         assert found is None
     else:
@@ -417,9 +416,9 @@ def test_disagreement(expected: Any, result: Any, problem: str | None) -> None:
 
 def test_other_sizes_keep_elements_valid() -> None:
     module = Call(lambda linear, x, y: x)
-    inputs = export_inputs.bind(module, (torch.arange(6).reshape(2, 3),), {"x": {0: "n", 1: "m"}})
-    assert inputs.sizes() == {"n": 2, "m": 3}
-    (resized,) = inputs.resized({"m": 5, "n": 1}).tensors()
+    bound = inputs.bind(module, (torch.arange(6).reshape(2, 3),), {"x": {0: "n", 1: "m"}})
+    assert bound.sizes() == {"n": 2, "m": 3}
+    (resized,) = bound.resized({"m": 5, "n": 1}).tensors()
     assert resized.tolist() == [[0, 1, 2, 0, 1]]
 
 

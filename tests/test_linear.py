@@ -1,5 +1,7 @@
 """The linear view: which axis of the stored weight is which, whatever stands in between."""
 
+from typing import Any
+
 import onnx_ir as ir
 import pytest
 
@@ -11,7 +13,7 @@ def graph_of(text: str, weights: str = "w b") -> ir.Graph:
     return model_of(text, weights=weights).graph
 
 
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "conv": (
         "g (float[1,4,8,8] x, float[6,4,1,1] w, float[6] b) => (float[1,6,8,8] y) { y = Conv(x, w, b) }",
         dict(output_axis=0, input_axis=1, inputs=4, outputs=6, bias="b"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qonnx.errors import DependencyError, ExportError
-from qonnx.export_inputs import require_torch
+from qonnx.exporter.inputs import require_torch
 from qonnx.graph import first_line
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from qonnx.compare import _CHUNK, GROUP_BYTES, Difference, compare, difference
+from qonnx.comparison import _CHUNK, GROUP_BYTES, Difference, compare, difference
 from qonnx.errors import DataError, ModelError
 from qonnx.runtime import Optimization
 
@@ -282,7 +282,7 @@ def reference_layers(quantized: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("group_bytes", [1, GROUP_BYTES])
 def test_layers_are_compared_in_network_order(group_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["qonnx.compare"], "GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(sys.modules["qonnx.comparison"], "GROUP_BYTES", group_bytes)
     found = compare(network(False), network(True), images(), layers=True)
     assert [(layer.name, layer.node, layer.op) for layer in found.layers] == [
         ("c", "conv", "Conv"),

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from qonnx.errors import ExportError, ModelError
-from qonnx.export_inputs import ExampleInputs, element_types, run_module, to_numpy
+from qonnx.exporter.inputs import ExampleInputs, element_types, run_module, to_numpy
 from qonnx.graph import first_line
 from qonnx.runtime import session
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from qonnx.errors import DependencyError, ExportError
-from qonnx.export_check import check_file, compare_with_torch
-from qonnx.export_inputs import ExampleInputs, bind, require_torch, run_module
-from qonnx.export_names import name_everything, simplify
-from qonnx.export_sources import load_factory, load_huggingface
+from qonnx.exporter.check import check_file, compare_with_torch
+from qonnx.exporter.inputs import ExampleInputs, bind, require_torch, run_module
+from qonnx.exporter.names import name_everything, simplify
+from qonnx.exporter.sources import load_factory, load_huggingface
 from qonnx.graph import first_line, parameters, publish, staging
 
 if TYPE_CHECKING:

@@ -1,0 +1,82 @@
+"""Recipes: strict in, readable out."""
+
+from pathlib import Path
+
+import pytest
+
+from qonnx.calibrators import MinMax
+from qonnx.errors import RecipeError, TargetError
+from qonnx.numerics import Dtype, PerTensor
+from qonnx.recipe import RECIPES, Recipe, Rule, load_recipe, resolve, to_yaml
+from qonnx.targets import target
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_built_in_recipes_survive_yaml(recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe))
+    assert load_recipe(file) == recipe
+
+
+def test_a_file_may_leave_out_everything_that_has_a_default(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("name: mine\nrules:\n  - match: {op: Conv, path: 'stem.*'}\n    skip: true\n")
+    recipe = load_recipe(file)
+    assert recipe.name == "mine"
+    assert isinstance(recipe.rules[0], Rule)
+    assert recipe.rules[0].skip
+
+
+def test_settings_change_single_values() -> None:
+    recipe = load_recipe("int8", ["weights.granularity.kind=per_tensor", "activations.calibrator.kind=minmax"])
+    assert recipe.weights.granularity == PerTensor()
+    assert recipe.activations.calibrator == MinMax()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nam: x", "unknown key `nam`"),
+        ("weights: {dtyp: int8}", "unknown key `dtyp` in weights"),
+        ("weights: {dtype: int9}", "weights.dtype"),
+        ("weights: {granularity: {kind: per_row}}", "per_row"),
+        ("activations: {calibrator: {kind: minmax, bins: 3}}", "bins"),
+        ("minimum_sqnr_db: much", "minimum_sqnr_db"),
+        ("rules: [{skip: true}]", "match"),
+        ("- a", "expected keys and values"),
+        ("a: [", "not readable as YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_that_names_the_place(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(file)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_names_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="int8-minmax"):
+        load_recipe("int9")
+
+
+@pytest.mark.parametrize("setting", ["weights", "=1", "name.x=1"])
+def test_a_wrong_setting_is_refused(setting: str) -> None:
+    with pytest.raises(RecipeError, match="setting"):
+        load_recipe("int8", [setting])
+
+
+def test_the_target_fills_in_the_activation_type() -> None:
+    assert resolve(Recipe(), target("a800")).activations.dtype is Dtype.INT8
+    assert resolve(Recipe(), target("ort-cpu")).activations.dtype is Dtype.UINT8
+
+
+def test_what_a_target_cannot_run_is_refused_with_the_alternative() -> None:
+    with pytest.raises(TargetError, match="uint8 do not run on a800; use int8"):
+        resolve(load_recipe("int8", ["activations.dtype=uint8"]), target("a800"))
+
+
+def test_an_unknown_target_names_the_known_ones() -> None:
+    with pytest.raises(TargetError, match="a800"):
+        target("b200")
