@@ -20,14 +20,13 @@ from qonnx.errors import ModelError
 from qonnx.graph import all_graphs, constant, first_line
 from qonnx.skeleton import skeleton
 
-# The prefix of the names that onnx invents for dimensions of which it knows nothing.
+# The prefix of the names that onnx invents for dimensions of which it knows nothing. They are dropped: their numbers
+# start anew in every run, and equal names must mean equal sizes.
 _INVENTED = "unk__"
 
 # onnx infers nothing for a Reshape to a computed shape, although the length of that shape is the rank of the result.
 # Each round tells it so for the first such Reshape on every path.
 _ROUNDS = 16
-
-Dimension = int | str | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def _inner_values(model: ir.Model) -> Iterator[tuple[tuple[int, str], ir.Value]]
     for number, graph in enumerate(all_graphs(model)):
         for node in graph:
             for value in node.outputs:
-                if value.name and not (graph is model.graph and value.is_graph_output() and value.shape is not None):
+                if value.name and not (graph is model.graph and value.is_graph_output() and value.type is not None):
                     yield (number, value.name), value
 
 
@@ -133,14 +132,12 @@ def _elements(target: ir.Value | None) -> list[int | None] | None:
     return [None] * length if isinstance(length, int) else None
 
 
-def _dimension(size: int | ir.SymbolicDim) -> Dimension:
-    if isinstance(size, int):
-        return size if size >= 0 else None
-    return size.value
-
-
-def _known(size: Dimension) -> bool:
-    return size is not None and not (isinstance(size, str) and size.startswith(_INVENTED))
+def _sizes(shape: ir.Shape) -> list[int | str | None]:
+    """The sizes of a shape, None where nothing is known of one."""
+    sizes = [size if isinstance(size, int) else size.value for size in shape]
+    return [
+        None if (size < 0 if isinstance(size, int) else str(size).startswith(_INVENTED)) else size for size in sizes
+    ]
 
 
 def _contradict(declared: ir.Shape | None, inferred: ir.Shape | None) -> bool:
@@ -149,8 +146,8 @@ def _contradict(declared: ir.Shape | None, inferred: ir.Shape | None) -> bool:
         return False
     if len(declared) != len(inferred):
         return True
-    pairs = [(_dimension(ours), _dimension(theirs)) for ours, theirs in zip(declared, inferred, strict=True)]
-    return any(isinstance(ours, int) and _known(theirs) and ours != theirs for ours, theirs in pairs)
+    pairs = zip(_sizes(declared), _sizes(inferred), strict=True)
+    return any(isinstance(ours, int) and theirs is not None and ours != theirs for ours, theirs in pairs)
 
 
 def _merge(inferred: ir.Shape | None, declared: ir.Shape | None) -> ir.Shape | None:
@@ -160,8 +157,7 @@ def _merge(inferred: ir.Shape | None, declared: ir.Shape | None) -> ir.Shape | N
     '[batch,16,length]'
     """
     if inferred is None or declared is None or len(inferred) != len(declared):
-        return inferred if inferred is not None else declared
-    sizes = []
-    for theirs, ours in zip(map(_dimension, inferred), map(_dimension, declared), strict=True):
-        sizes.append(ours if _known(ours) and not _known(theirs) else theirs)
-    return ir.Shape(sizes)
+        shape = inferred if inferred is not None else declared
+        return None if shape is None else ir.Shape(_sizes(shape))
+    pairs = zip(_sizes(inferred), _sizes(declared), strict=True)
+    return ir.Shape([theirs if theirs is not None else ours for theirs, ours in pairs])

@@ -52,7 +52,7 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
     _fold(model, notes)
     if _raise_opset(model, minimum_opset, fuse, notes):
         _attempt(InferShapes(), model, notes)
-        _fold(model, notes)
+        _attempt(FoldConstants(), model, notes)
     before = _operators(model)
     FoldBatchNorm()(model)
     notes += _listed("folded", before - _operators(model), "into the weights before them")
@@ -60,7 +60,7 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
     FuseNorms()(model)
     FuseGelu()(model)
     notes += _listed("wrote", _operators(model) - before, "in one node each")
-    _fold(model, notes)
+    _attempt(FoldConstants(), model, notes)
     NameNodes()(model)
     _sort(model)
     _attempt(InferShapes(), model, notes)
@@ -113,12 +113,12 @@ def _fix_defaults(model: ir.Model) -> Iterator[str]:
         for value in graph.inputs
         if value.is_initializer() and (model.ir_version < _WEIGHTS_ARE_NO_INPUTS or _is_weight(value))
     ]
+    model.ir_version = max(model.ir_version, _WEIGHTS_ARE_NO_INPUTS)
     if fixed:
         names = {value.name for value in fixed}
         kept = [value for value in graph.inputs if value.name not in names]
         graph.inputs.clear()
         graph.inputs.extend(kept)
-        model.ir_version = max(model.ir_version, _WEIGHTS_ARE_NO_INPUTS)
         yield f"made constants of {len(fixed)} inputs with default values, such as {fixed[0].name!r}"
 
 
@@ -185,8 +185,8 @@ class _Interface:
         """Declares it again."""
         graph = model.graph
         for value, (kind, shape) in zip((*graph.inputs, *graph.outputs), self._types, strict=True):
-            value.type = kind if kind is not None else value.type
-            value.shape = shape if shape is not None else value.shape
+            if kind is not None:
+                value.type, value.shape = kind, shape
         for value in graph.inputs:
             if value.name in self._defaults:
                 value.const_value = self._defaults[value.name]

@@ -20,6 +20,10 @@ from qonnx.skeleton import restore, skeleton
 _IN_PLACE_FROM = 18
 _NEWEST = 25
 
+# What onnx's converter silently gets wrong when it crosses an opset: Hardmax no longer flattens its input from 13 on,
+# Scan has no batch axis from 9 on, and the slopes of PRelu broadcast from the last axis from 7 on.
+_WRONG_BELOW = {"Hardmax": 13, "Scan": 9, "PRelu": 7}
+
 # Opset 18 came with version 8 of the file format; a lower number would not fit the nodes.
 _IR_VERSION = 8
 
@@ -79,9 +83,9 @@ def _check_convertible(model: ir.Model, current: int, version: int) -> None:
         raise ModelError(_complaint(current, version, "the model has functions that could not be inlined"))
     for graph in all_graphs(model):
         for node in graph:
-            # onnx's converter changes the axis of a Hardmax and not what surrounds it.
-            if node.op_type == "Hardmax" and node.domain == "" and current < 13 <= version:
-                raise ModelError(_complaint(current, version, f"node {node.name!r} is a Hardmax"))
+            below = _WRONG_BELOW.get(node.op_type, 0) if node.domain == "" else 0
+            if current < below <= version:
+                raise ModelError(_complaint(current, version, f"node {node.name!r} is a {node.op_type}"))
 
 
 def _convert_copy(model: ir.Model, version: int) -> None:

@@ -24,6 +24,7 @@ def run(model: ir.Model, feeds: Feeds, optimize: bool = False) -> dict[str, Arra
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.x64quantprecision", "1")
+    model = ir.external_data.load_to_model(model.clone())
     native = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in native.get_outputs()]
     return dict(zip(names, native.run(None, dict(feeds)), strict=True))

@@ -277,7 +277,7 @@ def test_leaves_float16_weights_that_would_overflow_alone() -> None:
 
 def test_inside_a_subgraph_with_weights_from_outside() -> None:
     text = f"""
-    g (bool[] condition, {CONV}) => (float[2,6,6,6] y) {VARIANCE} {{
+    g (bool condition, {CONV}) => (float[2,6,6,6] y) {VARIANCE} {{
       y = If (condition) <
         then_branch = yes () => (float[2,6,6,6] n) {{ a = Conv(x, w) n = {NORM}(a, s, c, m, v) }},
         else_branch = no () => (float[2,6,6,6] o) {{ o = Conv(x, w) }}
@@ -294,7 +294,7 @@ def test_inside_a_subgraph_with_weights_from_outside() -> None:
 
 def test_a_reader_inside_a_subgraph_counts() -> None:
     text = f"""
-    g (bool[] condition, {CONV}) => (float[2,6,6,6] y, float[2,6,6,6] z) {VARIANCE} {{
+    g (bool condition, {CONV}) => (float[2,6,6,6] y, float[2,6,6,6] z) {VARIANCE} {{
       a = Conv(x, w)
       y = {NORM}(a, s, c, m, v)
       z = If (condition) <
