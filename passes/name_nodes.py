@@ -25,7 +25,7 @@ class NameNodes(ir.passes.InPlacePass):
         """Names the nodes."""
         taken: set[str] = set()
         pending = []
-        for graph in all_graphs(model):
+        for graph in sorted(all_graphs(model), key=lambda graph: graph is not model.graph):
             for node in graph:
                 if node.name and node.name not in taken:
                     taken.add(node.name)

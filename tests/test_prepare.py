@@ -206,6 +206,17 @@ def test_names() -> None:
     leave_alone(NameNodes(), model)
 
 
+def test_nodes_of_the_main_graph_keep_their_names_before_those_of_functions() -> None:
+    model = ir.from_onnx_text("""
+    <ir_version: 8, opset_import: ["" : 17, "local" : 1]>
+    g (float[N,4] x) => (float[N,4] y) { [act] y = Relu(x) }
+    <domain: "local", opset_import: ["" : 11]> norm (v) => (w) { [act] w = Softmax <axis = 1> (v) }
+    """)
+    NameNodes()(model)
+    (function,) = model.functions.values()
+    assert (model.graph.node(0).name, next(iter(function)).name) == ("act", "act_1")
+
+
 # ---------------------------------------------------------------------------------------------------------- subgraphs
 
 IF = """
@@ -292,6 +303,19 @@ def test_external_weights_stay_on_disk(tmp_path: Path) -> None:
     prepare(model)
     assert isinstance(model.graph.initializers["w"].const_value, ir.ExternalTensor)
     assert_same_function(ir.load(tmp_path / "m.onnx"), model)
+
+
+def test_a_failure_while_folding_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("node 'a' is odd\nin many lines")
+
+    monkeypatch.setattr("onnxscript.optimizer.fold_constants_ir", fail)
+    model = model_of("g (float[N,4] x) => (float[N,4] y) { a = Constant <value_float = 2.0> () y = Mul(x, a) }")
+    before = model.clone()
+    notes = prepare(model)
+    assert "constants cannot be folded: node 'a' is odd; continuing without" in notes
+    assert operators(model) == ["Mul"]
+    assert_same_function(before, model)
 
 
 def test_omitted_outputs_stay_omitted() -> None:
