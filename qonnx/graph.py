@@ -29,6 +29,7 @@ class Names:
 
     def __init__(self, model: ir.Model) -> None:
         self._taken: set[str] = set()
+        self._last: dict[str, int] = {}
         for graph in all_graphs(model):
             if isinstance(graph, ir.Graph):
                 self._taken.update(graph.initializers)
@@ -40,11 +41,12 @@ class Names:
 
     def fresh(self, stem: str) -> str:
         """Returns `stem`, or `stem_1`, `stem_2` ... where that is taken, and reserves it."""
-        name, number = stem, 0
+        name, number = stem, self._last.get(stem, 0)
         while name in self._taken:
             number += 1
             name = f"{stem}_{number}"
         self._taken.add(name)
+        self._last[stem] = number
         return name
 
 
@@ -167,10 +169,21 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data_bytes: 
     path = Path(path)
     external = path.name + ".data" if parameters(model)[1] > external_data_bytes else None
     with staging(path) as folder:
-        ir.save(model, folder / path.name, external_data=external)
+        ir.save(model if external else _with_weights_inside(model), folder / path.name, external_data=external)
         publish(folder, path.parent)
     if external is None:
         path.with_name(path.name + ".data").unlink(missing_ok=True)
+
+
+def _with_weights_inside(model: ir.Model) -> ir.Model:
+    """A copy of the graph whose weights are written into the file itself, wherever they are stored now."""
+    copy = model.clone()
+    for graph in all_graphs(copy):
+        for value in graph.initializers.values() if isinstance(graph, ir.Graph) else ():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
+    return copy
 
 
 class staging:  # noqa: N801 - used as a function, `with staging(path) as folder`
