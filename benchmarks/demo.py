@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MODELS = ("minilm", "mobilenet", "residual")
 
+CALIBRATION_BATCHES = 16
+
 # For dimensions that are not the batch: smallest, usual and largest size the engine is built for.
 DIMS = {"sequence": (1, 128, 256)}
 
@@ -42,7 +44,8 @@ def main(name: str) -> None:
         example.module, example.args, folder / "model.onnx", dynamic_shapes=example.dynamic_shapes
     )
     console.print("quantizing ...")
-    result = qonnx.quantize(float_file, model.calibration, folder / "quantized.onnx", target="a800")
+    calibration = model.calibration(batches=CALIBRATION_BATCHES)
+    result = qonnx.quantize(float_file, calibration, folder / "quantized.onnx", target="a800")
     result.plan.save(folder / "plan.json")
     console.print("measuring the task before and after ...")
     before = model.evaluate(session(float_file).run)

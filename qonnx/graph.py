@@ -70,8 +70,8 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
 
 
 def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
-    """The array behind an initializer or a Constant node, or None for a value that is computed."""
-    if value is None:
+    """The array behind an initializer or a Constant node, or None for a value that is computed or can be fed."""
+    if value is None or value.is_graph_input():
         return None
     tensor = ir.convenience.get_const_tensor(value)
     return None if tensor is None else tensor.numpy()

@@ -12,6 +12,7 @@ import importlib.metadata
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +42,11 @@ from qonnx.targets import target as find_target
 _LARGEST_SHARE_LEFT = 4
 
 # How much of the calibration data is kept for the steps that look at some of it again.
-_SAMPLE_BATCHES = 16
+_SAMPLE_BATCHES = 8
 _SAMPLE_BYTES = 128 * 1024 * 1024
+
+# How many samples single layers are measured on: they are only ranked.
+_COST_SAMPLES = 4
 
 ModelSource = str | os.PathLike[str] | ir.Model
 Report = Callable[[Progress], None]
@@ -144,7 +148,9 @@ def quantize(
         held = HoldOut(batches(data, input_specs(prepared), max_batches=max_batches))
         sample: list[Batch] = []
         values = candidates(place(prepared, chosen, consumer))
-        statistics = observe(prepared, values, _keeping(held, sample), progress=progress)
+        stream = _keeping(held, sample)
+        statistics = observe(prepared, values, stream, progress=progress)
+        deque(stream, maxlen=0)  # with nothing to observe no batch was read, and the comparison needs some
         clock.lap("calibrate")
         if given is None:
             attempt = _best(_Job(model, prepared, statistics, chosen, consumer, sample, held, folder / output.name))
@@ -204,13 +210,24 @@ def _best(job: _Job) -> _Attempt:
         if reached >= job.recipe.goal_sqnr_db or job.recipe.goal_sqnr_db <= 0 or not plan.quantized_layers:
             return replace(attempt, costs=costs)
         if not costs:
-            costs = layer_costs(job.prepared, plan, job.sample[0])
+            costs = layer_costs(job.prepared, plan, _few_samples(job.prepared, job.sample[0]))
         remaining = [cost for cost in costs if cost.node in {layer.node for layer in plan.quantized_layers}]
         allowed = len(plan.layers) // _LARGEST_SHARE_LEFT - len(leave)
         more = most_costly(remaining, reached, job.recipe.goal_sqnr_db, allowed)
         if not more:
             return replace(attempt, costs=costs)
         leave |= {cost.node: f"quantized alone, it leaves {cost.sqnr_db:.1f} dB of the output" for cost in more}
+
+
+def _few_samples(model: ir.Model, batch: Batch) -> Batch:
+    """The first samples of a batch, where the model takes batches of any size: single layers are measured on few."""
+    sizes = {array.shape[0] if array.ndim else 0 for array in batch.values()}
+    dynamic = all(
+        spec.shape is not None and spec.shape and not isinstance(spec.shape[0], int) for spec in input_specs(model)
+    )
+    if not dynamic or len(sizes) != 1 or max(sizes) <= _COST_SAMPLES:
+        return batch
+    return {name: array[:_COST_SAMPLES] for name, array in batch.items()}
 
 
 def _attempt(
