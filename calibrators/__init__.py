@@ -3,8 +3,15 @@
 from typing import TypeAlias
 
 from qonnx.calibrators.average import Average
+from qonnx.calibrators.ema import MovingAverage
+from qonnx.calibrators.entropy import Entropy
 from qonnx.calibrators.minmax import MinMax
+from qonnx.calibrators.mse import MSE
+from qonnx.calibrators.percentile import Percentile
 
-Calibrator: TypeAlias = MinMax | Average
+Calibrator: TypeAlias = MinMax | Average | MovingAverage | Percentile | Entropy | MSE
 
-__all__ = ["Average", "Calibrator", "MinMax"]
+# Those that work from the extremes alone. The others need to know how often each value occurred.
+EXTREMES = (MinMax, Average, MovingAverage)
+
+__all__ = ["EXTREMES", "MSE", "Average", "Calibrator", "Entropy", "MinMax", "MovingAverage", "Percentile"]

@@ -23,7 +23,10 @@ AXES_INPUT_OPSET = 18
 
 
 class Statistic(enum.StrEnum):
-    """What an observer output holds. All are float32, `COUNT` is int64; per tensor a scalar, per channel [channels]."""
+    """What an observer output holds. All are float32, but `COUNT`, which is int64.
+
+    Per tensor these are scalars, per channel [channels], and `ELEMENTS` is the value itself.
+    """
 
     COUNT = "count"
     MINIMUM = "minimum"
@@ -31,6 +34,7 @@ class Statistic(enum.StrEnum):
     SUM_SQUARES = "sum_squares"
     CHANNEL_MINIMUM = "channel_minimum"
     CHANNEL_MAXIMUM = "channel_maximum"
+    ELEMENTS = "elements"
 
 
 class Observer(NamedTuple):
@@ -51,7 +55,7 @@ def observers(model: ir.Model) -> Iterator[Observer]:
 
 @dataclasses.dataclass(frozen=True)
 class AddObservers(ir.passes.InPlacePass):
-    """Adds Size, ReduceMin, ReduceMax and ReduceSumSquare of each value as graph outputs.
+    """Adds Size, ReduceMin, ReduceMax and ReduceSumSquare of each value as graph outputs, and some values whole.
 
     * Values of other float types are cast to float32 first: ONNX Runtime has no float16 reductions on the CPU, and a
       sum of squares overflows float16 at once.
@@ -64,6 +68,7 @@ class AddObservers(ir.passes.InPlacePass):
     Attributes:
         values: names of float values of the main graph: inputs, or outputs of nodes.
         channel_axes: by value name, the axis of which each index is observed too; negative counts from the back.
+        elements: names among `values` of those that are returned whole, as float32.
 
     Raises:
         ModelError: a value is not in the main graph, is not float, or its rank is unknown or too small for its axis.
@@ -71,6 +76,7 @@ class AddObservers(ir.passes.InPlacePass):
 
     values: tuple[str, ...]
     channel_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    elements: frozenset[str] = frozenset()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Adds the outputs."""
@@ -103,6 +109,10 @@ class AddObservers(ir.passes.InPlacePass):
         build.reduce("ReduceMin", low, Statistic.MINIMUM)
         build.reduce("ReduceMax", high, Statistic.MAXIMUM)
         build.reduce("ReduceSumSquare", x, Statistic.SUM_SQUARES)
+        if name in self.elements:
+            if x.is_graph_input() or x.is_graph_output():  # a value is one input or one output, not both nor twice
+                x = build.node("Identity", x, "elements", ir.DataType.FLOAT, x.shape)
+            build.output(Statistic.ELEMENTS, x)
 
 
 def _other_axes(value: ir.Value, axis: int) -> tuple[list[int], int | ir.SymbolicDim]:

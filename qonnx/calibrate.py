@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import itertools
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qonnx.errors import DataError
 from qonnx.passes.augment import AddObservers, Observer, Statistic, observers
-from qonnx.runtime import session
+from qonnx.runtime import Session, session
+from qonnx.sketch import Counter
 from qonnx.statistics import Statistics, TensorStatistics, from_batch
 
+# Batches that are run at a time, each on its share of the cores: observers are many small operators, which do not gain
+# from several cores, and counting takes the interpreter's lock and one core.
+_WORKERS = 2
+
+# Batches whose extremes are merged at a time: merging copies the extremes of all batches so far.
+_KEPT_APART = 64
+
 Feeds = dict[str, npt.NDArray[Any]]
+Results = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +39,28 @@ class Progress:
     """How far a run has come.
 
     Attributes:
-        batches: run so far.
+        batches: run so far, those of an earlier run included.
         samples: the sizes of the first axis of the first input, added up.
-        seconds: since the first batch was asked for.
+        seconds: since this run began.
+        rate: samples per second of this run.
     """
 
     batches: int
     samples: int
     seconds: float
+    rate: float
 
-    @property
-    def rate(self) -> float:
-        """Samples per second."""
-        return self.samples / self.seconds if self.seconds > 0 else 0.0
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run. What had been measured until then is kept.
+
+    Attributes:
+        statistics: of the batches that were finished; give them to `observe` as `earlier` to go on.
+    """
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__("calibration was interrupted")
+        self.statistics = statistics
 
 
 def observe(
@@ -45,48 +68,64 @@ def observe(
     values: Sequence[str],
     stream: Iterable[Feeds],
     *,
+    distributions: Collection[str] = (),
     channel_axes: Mapping[str, int] | None = None,
+    earlier: Statistics | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Statistics:
     """Runs a model over batches and returns what its values looked like. The model is left as it is.
 
-    Holds one batch at a time. Nodes that lead to no observed value are not run.
+    Memory does not grow with the number of batches: two are run at a time, and a third is read.
+    Nodes that lead to no observed value are not run.
 
     Args:
         model: a float model.
         values: names of float values of the main graph to observe; each is observed once, however often it is named.
         stream: batches, each one array per model input.
+        distributions: names among `values` of those whose elements are also counted, as calibrators other than
+            `minmax`, `average` and `ema` need it. This costs more than the extremes, about 1.5 ns per element.
         channel_axes: by value name, the axis along which every index is observed too.
+        earlier: what an interrupted run over the same stream had measured; its batches are skipped.
         progress: called after each batch.
 
     Raises:
         ModelError: a value cannot be observed.
-        DataError: the stream has no batches, or a batch does not fit the model.
+        DataError: the stream has no batches, a batch does not fit the model, or `earlier` is of another run.
+        Interrupted: on Ctrl-C.
     """
-    augmented = model.clone()
-    original = len(augmented.graph.outputs)
-    AddObservers(tuple(values), dict(channel_axes or {}))(augmented)
-    del augmented.graph.outputs[:original]
-    RemoveUnusedNodesPass()(augmented)
-    axes = _positive_axes(model, channel_axes or {})
+    earlier = earlier or Statistics({})
+    augmented = _augmented(model, values, distributions, channel_axes or {})
     watched = list(observers(augmented))
-    statistics = Statistics({})
-    start = time.perf_counter()
-    if watched:
-        runner = session(augmented)
-        for feeds in stream:
-            results = runner.run(feeds)
-            statistics = statistics.merge(_measured(watched, results, axes, _samples(feeds)))
-            if progress is not None:
-                progress(Progress(statistics.batches, statistics.samples, time.perf_counter() - start))
-        if not statistics.batches:
-            raise DataError("no calibration data: the stream has no batches; give at least one")
+    if not watched:
+        return earlier
+    run = _Run(watched, _positive_axes(model, channel_axes or {}))
+    runner = session(augmented, threads=max(1, (os.cpu_count() or 1) // _WORKERS))
+    rest = itertools.islice(stream, earlier.batches, None)
+    batches, samples, start = earlier.batches, earlier.samples, time.perf_counter()
+    try:
+        with contextlib.closing(run.over(runner, rest)) as finished:
+            for batch in finished:
+                batches, samples = batches + 1, samples + batch.samples
+                if progress is not None:
+                    seconds = time.perf_counter() - start
+                    progress(Progress(batches, samples, seconds, (samples - earlier.samples) / max(seconds, 1e-9)))
+    except KeyboardInterrupt:
+        raise Interrupted(earlier.merge(run.statistics())) from None
+    statistics = earlier.merge(run.statistics())
+    if not statistics.batches:
+        raise DataError("no calibration data: the stream has no batches; give at least one")
     return statistics
 
 
-def _samples(feeds: Feeds) -> int:
-    first = next(iter(feeds.values()), None)
-    return int(first.shape[0]) if first is not None and first.ndim else 1
+def _augmented(
+    model: ir.Model, values: Sequence[str], distributions: Collection[str], channel_axes: Mapping[str, int]
+) -> ir.Model:
+    """A copy of the model whose only outputs are the observers'."""
+    augmented = model.clone()
+    augmented.graph.outputs.clear()
+    AddObservers(tuple(values), dict(channel_axes), frozenset(distributions))(augmented)
+    RemoveUnusedNodesPass()(augmented)
+    return augmented
 
 
 def _positive_axes(model: ir.Model, channel_axes: Mapping[str, int]) -> dict[str, int]:
@@ -97,26 +136,73 @@ def _positive_axes(model: ir.Model, channel_axes: Mapping[str, int]) -> dict[str
     return {name: axis % ranks[name] for name, axis in channel_axes.items() if name in ranks}
 
 
-def _measured(
-    watched: Sequence[Observer], results: Mapping[str, npt.NDArray[Any]], axes: Mapping[str, int], samples: int
-) -> Statistics:
-    """The statistics of one batch."""
-    found: dict[str, dict[Statistic, npt.NDArray[Any]]] = {}
-    for observer in watched:
-        found.setdefault(observer.value, {})[observer.statistic] = results[observer.output]
-    tensors: dict[str, TensorStatistics] = {}
-    for name, parts in found.items():
-        tensors[name] = from_batch(
+class _Run:
+    """The statistics of one run while it grows."""
+
+    def __init__(self, watched: Sequence[Observer], axes: Mapping[str, int]) -> None:
+        self._axes = axes
+        self._outputs: dict[str, dict[Statistic, str]] = {}
+        for observer in watched:
+            self._outputs.setdefault(observer.value, {})[observer.statistic] = observer.output
+        self._counters = {name: Counter() for name, parts in self._outputs.items() if Statistic.ELEMENTS in parts}
+        self._batches: list[Statistics] = []
+
+    def over(self, runner: Session, stream: Iterable[Feeds]) -> Generator[Statistics, None, None]:
+        """Runs the batches; yields the extremes of each, in order.
+
+        Each worker runs a batch and then counts its elements, so that one counts while another runs.
+        """
+        pending: deque[Future[Statistics]] = deque()
+        try:
+            with ThreadPoolExecutor(_WORKERS) as pool:
+                for feeds in stream:
+                    pending.append(pool.submit(self._batch, runner, feeds))
+                    if len(pending) > _WORKERS:
+                        yield self._keep(pending.popleft())
+                while pending:
+                    yield self._keep(pending.popleft())
+        finally:  # after an interruption too: what is counted must be kept
+            for future in pending:
+                if not future.cancelled() and future.exception() is None:
+                    self._keep(future)
+
+    def _batch(self, runner: Session, feeds: Feeds) -> Statistics:
+        results = runner.run(feeds)
+        tensors = {name: self._measured(name, results) for name in self._outputs}
+        for name, counter in self._counters.items():
+            counter.add(results.pop(self._outputs[name][Statistic.ELEMENTS]))
+        return Statistics(tensors, batches=1, samples=_samples(feeds))
+
+    def _keep(self, future: Future[Statistics]) -> Statistics:
+        batch = future.result()
+        self._batches.append(batch)
+        if len(self._batches) == _KEPT_APART:
+            self._batches = [functools.reduce(Statistics.merge, self._batches)]
+        return batch
+
+    def _measured(self, name: str, results: Results) -> TensorStatistics:
+        """The extremes of one value in one batch."""
+        parts = {statistic: results[output] for statistic, output in self._outputs[name].items()}
+        return from_batch(
             count=int(parts[Statistic.COUNT]),
             minimum=float(parts[Statistic.MINIMUM]),
             maximum=float(parts[Statistic.MAXIMUM]),
             sum_squares=float(parts[Statistic.SUM_SQUARES]),
-            channel_axis=axes.get(name),
-            channel_minimum=_floats(parts.get(Statistic.CHANNEL_MINIMUM)),
-            channel_maximum=_floats(parts.get(Statistic.CHANNEL_MAXIMUM)),
+            channel_axis=self._axes.get(name),
+            channel_minimum=parts.get(Statistic.CHANNEL_MINIMUM),
+            channel_maximum=parts.get(Statistic.CHANNEL_MAXIMUM),
         )
-    return Statistics(tensors, batches=1, samples=samples)
+
+    def statistics(self) -> Statistics:
+        """What the finished batches looked like."""
+        total = functools.reduce(Statistics.merge, self._batches, Statistics({}))
+        counted = {
+            name: dataclasses.replace(tensor, sketch=self._counters[name].sketch() if name in self._counters else None)
+            for name, tensor in total.tensors.items()
+        }
+        return dataclasses.replace(total, tensors=counted)
 
 
-def _floats(array: npt.NDArray[Any] | None) -> npt.NDArray[np.float32] | None:
-    return None if array is None else np.asarray(array, np.float32)
+def _samples(feeds: Feeds) -> int:
+    first = next(iter(feeds.values()), None)
+    return int(first.shape[0]) if first is not None and first.ndim else 1

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from qonnx.errors import DataError, OutputError
 from qonnx.graph import publish, staging
+from qonnx.sketch import Sketch
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
@@ -40,6 +41,7 @@ class TensorStatistics:
         channel_axis: the axis that `channel_minimum` and `channel_maximum` run along; None where they are None.
         channel_minimum: [channels] the smallest element of each channel.
         channel_maximum: [channels] the largest element of each channel.
+        sketch: how often each value occurred; None where only the extremes were asked for.
     """
 
     count: int
@@ -52,6 +54,7 @@ class TensorStatistics:
     channel_axis: int | None = None
     channel_minimum: Floats | None = None
     channel_maximum: Floats | None = None
+    sketch: Sketch | None = None
 
     @property
     def mean_square(self) -> float:
@@ -67,8 +70,10 @@ class TensorStatistics:
         """The statistics of both sets of elements together; the batches of `other` come after these.
 
         Raises:
-            DataError: the channels are along different axes, or their number differs.
+            DataError: the channels are along different axes, or their number differs; or one has no distribution.
         """
+        if self.count and other.count and (self.sketch is None) != (other.sketch is None):
+            raise DataError("the distribution was measured in one run only")
         if self.channel_axis != other.channel_axis:
             raise DataError(f"channels along axis {self.channel_axis} and {other.channel_axis}: observe the same axis")
         return TensorStatistics(
@@ -82,6 +87,7 @@ class TensorStatistics:
             channel_axis=self.channel_axis,
             channel_minimum=_merge_channels(np.fmin, self.channel_minimum, other.channel_minimum),
             channel_maximum=_merge_channels(np.fmax, self.channel_maximum, other.channel_maximum),
+            sketch=_merge_sketches(self.sketch, other.sketch),
         )
 
 
@@ -91,6 +97,12 @@ def _merge_channels(function: np.ufunc, left: Floats | None, right: Floats | Non
     if left.shape != right.shape:
         raise DataError(f"{left.size} and {right.size} channels: the size of a channel axis must not change")
     return np.asarray(function(left, right), np.float32)
+
+
+def _merge_sketches(left: Sketch | None, right: Sketch | None) -> Sketch | None:
+    if left is None or right is None:
+        return left or right
+    return left.merge(right)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -193,6 +205,10 @@ def _to_arrays(statistics: Statistics) -> dict[str, npt.NDArray[Any]]:
         if tensor.channel_minimum is not None and tensor.channel_maximum is not None:
             arrays[f"channel_minimum_{index}"] = tensor.channel_minimum
             arrays[f"channel_maximum_{index}"] = tensor.channel_maximum
+        if tensor.sketch is not None:  # differences between cells, in the narrowest types: they compress well
+            arrays[f"cells_{index}"] = np.diff(tensor.sketch.cells, prepend=np.uint32(0))
+            counts = tensor.sketch.counts
+            arrays[f"counts_{index}"] = counts.astype(np.min_scalar_type(int(counts.max(initial=0))))
     return arrays
 
 
@@ -218,8 +234,16 @@ def _from_arrays(arrays: Mapping[str, npt.NDArray[Any]], path: Path) -> Statisti
             channel_axis=header.channel_axes.get(name),
             channel_minimum=arrays[f"channel_minimum_{index}"] if name in header.channel_axes else None,
             channel_maximum=arrays[f"channel_maximum_{index}"] if name in header.channel_axes else None,
+            sketch=_sketch(arrays, index),
         )
     return Statistics(tensors, header.batches, header.samples)
+
+
+def _sketch(arrays: Mapping[str, npt.NDArray[Any]], index: int) -> Sketch | None:
+    if f"cells_{index}" not in arrays:
+        return None
+    cells = np.cumsum(arrays[f"cells_{index}"], dtype=np.uint32)
+    return Sketch(cells, arrays[f"counts_{index}"].astype(np.int64))
 
 
 def from_batch(

@@ -152,3 +152,24 @@ def test_nothing_to_observe_changes_nothing() -> None:
     model = relu()
     assert not AddObservers(())(model).modified
     assert len(model.graph.outputs) == 1
+
+
+def test_values_are_returned_whole_where_asked_for() -> None:
+    model = relu(dtype="float16")
+    AddObservers(("x", "y", "z"), elements=frozenset({"x", "y", "z"}))(model)
+    CheckerPass(full_check=True)(model)
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float16)
+    found = run(model, x)
+    for name, expected in (("x", x), ("y", np.maximum(x, 0)), ("z", -np.maximum(x, 0))):
+        assert found[name, Statistic.ELEMENTS].dtype == np.float32
+        np.testing.assert_array_equal(found[name, Statistic.ELEMENTS], expected)
+
+
+def test_inputs_and_outputs_are_returned_whole_too() -> None:
+    model = relu()
+    AddObservers(("x", "z"), elements=frozenset({"x", "z"}))(model)
+    CheckerPass(full_check=True)(model)
+    x = np.ones((1, 2, 4), np.float32)
+    found = run(model, x)
+    np.testing.assert_array_equal(found["x", Statistic.ELEMENTS], x)
+    np.testing.assert_array_equal(found["z", Statistic.ELEMENTS], -x)

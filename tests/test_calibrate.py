@@ -4,8 +4,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qonnx.calibrate import Progress, observe
+from qonnx.calibrate import Interrupted, Progress, observe
 from qonnx.errors import DataError, ModelError
+from qonnx.sketch import Sketch, sketch
+from qonnx.statistics import Statistics
 
 MODEL = """
     <ir_version: 8, opset_import: ["" : 21]>
@@ -72,18 +74,16 @@ def test_progress_is_told_after_each_batch(model: ir.Model) -> None:
     assert told[-1].rate > 0
 
 
-def test_batches_are_taken_one_by_one(model: ir.Model) -> None:
-    taken: list[int] = []
+def test_three_batches_are_held_at_most(model: ir.Model) -> None:
     finished: list[int] = []
 
     def stream() -> Iterator[dict[str, np.ndarray]]:
-        for index, batch in enumerate(batches(rows(), 4)):
-            assert len(finished) == index
-            taken.append(index)
+        for index, batch in enumerate(batches(rows(), 2)):
+            assert len(finished) >= index - 2
             yield batch
 
     observe(model, ["y"], stream(), progress=lambda p: finished.append(p.batches))
-    assert taken == [0, 1, 2]
+    assert finished == [1, 2, 3, 4, 5, 6]
 
 
 def test_no_values_run_nothing(model: ir.Model) -> None:
@@ -98,3 +98,95 @@ def test_no_data_is_an_error(model: ir.Model) -> None:
 def test_unknown_values_are_an_error(model: ir.Model) -> None:
     with pytest.raises(ModelError, match="'nothing' is not computed"):
         observe(model, ["nothing"], batches(rows(), 4))
+
+
+def assert_equal(left: Sketch | None, right: Sketch | None) -> None:
+    assert left is not None
+    assert right is not None
+    np.testing.assert_array_equal(left.cells, right.cells)
+    np.testing.assert_array_equal(left.counts, right.counts)
+
+
+def test_distributions_are_counted_where_asked_for(model: ir.Model) -> None:
+    found = observe(model, ["x", "y", "z"], batches(rows(), 5), distributions=["x", "z"]).tensors
+    y = np.maximum(rows() + np.array([1, 0, -1], np.float32), 0)
+    assert_equal(found["x"].sketch, sketch(rows()))
+    assert_equal(found["z"].sketch, sketch(-y))
+    assert found["y"].sketch is None
+    assert found["z"].minimum == -y.max()
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_distributions_depend_on_neither_batch_size_nor_order(model: ir.Model, size: int) -> None:
+    whole = observe(model, ["y"], batches(rows(), 12), distributions=["y"]).tensors["y"].sketch
+    stream = batches(rows(), size)[::-1]
+    assert_equal(observe(model, ["y"], stream, distributions=["y"]).tensors["y"].sketch, whole)
+    halves = [observe(model, ["y"], part, distributions=["y"]) for part in (stream[:1], stream[1:]) if part]
+    merged = halves[0] if len(halves) == 1 else halves[0].merge(halves[1])
+    assert_equal(merged.tensors["y"].sketch, whole)
+
+
+def test_halves_and_float16_are_counted_as_float32() -> None:
+    model = ir.from_onnx_text("""
+        <ir_version: 8, opset_import: ["" : 21]>
+        half (float16[n] x) => (float16[n] y) { y = Neg(x) }
+    """)
+    x = np.array([0.1, -7, 0], np.float16)
+    found = observe(model, ["y"], [{"x": x}], distributions=["y"]).tensors["y"]
+    assert_equal(found.sketch, sketch(-x.astype(np.float32)))
+
+
+def test_bad_elements_are_counted_and_told(model: ir.Model) -> None:
+    x = rows(2)
+    x[0, 0], x[1, 2] = np.inf, np.nan
+    found = observe(model, ["x"], batches(x, 1), distributions=["x"]).tensors["x"]
+    assert not found.finite
+    assert found.sketch is not None
+    assert (found.sketch.count, found.sketch.nonfinite) == (6, 2)
+
+
+def interrupted(model: ir.Model, after: int) -> Statistics:
+    def stop(progress: Progress) -> None:
+        if progress.batches == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        observe(model, ["y"], batches(rows(), 1), distributions=["y"], progress=stop)
+    return caught.value.statistics
+
+
+def test_what_was_measured_before_ctrl_c_is_kept_and_gone_on_from(model: ir.Model) -> None:
+    part = interrupted(model, after=3)
+    assert 3 <= part.batches <= 6  # those that were running are finished
+    first = observe(model, ["y"], batches(rows(), 1)[: part.batches], distributions=["y"])
+    assert_equal(part.tensors["y"].sketch, first.tensors["y"].sketch)
+    told: list[Progress] = []
+    stream = batches(rows(), 1)
+    resumed = observe(model, ["y"], stream, distributions=["y"], earlier=part, progress=told.append)
+    whole = observe(model, ["y"], stream, distributions=["y"])
+    assert (resumed.batches, resumed.samples) == (12, 12)
+    assert told[0].batches == part.batches + 1
+    assert_equal(resumed.tensors["y"].sketch, whole.tensors["y"].sketch)
+    np.testing.assert_array_equal(resumed.tensors["y"].batch_maxima, whole.tensors["y"].batch_maxima)
+
+
+def test_ctrl_c_while_data_are_read_keeps_what_was_measured(model: ir.Model) -> None:
+    def stream() -> Iterator[dict[str, np.ndarray]]:
+        yield from batches(rows(), 4)
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        observe(model, ["y"], stream(), distributions=["y"])
+    assert caught.value.statistics.batches == 3
+
+
+def test_a_batch_that_does_not_fit_stops_the_run(model: ir.Model) -> None:
+    bad = {"x": np.zeros((2, 5), np.float32), "shift": np.zeros(3, np.float32)}
+    with pytest.raises(DataError, match="does not run on this batch"):
+        observe(model, ["y"], [*batches(rows(), 4), bad, *batches(rows(), 4)], distributions=["y"])
+
+
+def test_many_batches_stay_in_order(model: ir.Model) -> None:
+    stream = batches(rows(300), 1)
+    found = observe(model, ["x"], stream).tensors["x"]
+    np.testing.assert_array_equal(found.batch_maxima, [batch["x"].max() for batch in stream])

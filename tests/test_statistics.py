@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qonnx.errors import DataError, OutputError
+from qonnx.sketch import sketch
 from qonnx.statistics import Statistics, TensorStatistics, from_batch
 
 
@@ -37,7 +39,11 @@ def assert_equal(a: Statistics, b: Statistics) -> None:
     assert (a.batches, a.samples, list(a.tensors)) == (b.batches, b.samples, list(b.tensors))
     for name, left in a.tensors.items():
         right = b.tensors[name]
-        for field in TensorStatistics.__dataclass_fields__:
+        assert (left.sketch is None) == (right.sketch is None)
+        if left.sketch is not None and right.sketch is not None:
+            np.testing.assert_array_equal(left.sketch.cells, right.sketch.cells)
+            np.testing.assert_array_equal(left.sketch.counts, right.sketch.counts)
+        for field in set(TensorStatistics.__dataclass_fields__) - {"sketch"}:
             np.testing.assert_array_equal(getattr(left, field), getattr(right, field), err_msg=f"{name} {field}")
 
 
@@ -116,8 +122,21 @@ def test_no_statistics_are_neutral() -> None:
     assert some.merge(Statistics({})) is some
 
 
+def counted(*x: float) -> TensorStatistics:
+    return dataclasses.replace(of(list(x)), sketch=sketch(np.array(x, np.float32)))
+
+
+def test_distributions_add_up() -> None:
+    merged = counted(1, 2).merge(counted(2, -3)).sketch
+    assert merged is not None
+    np.testing.assert_array_equal(merged.counts, [1, 2, 1])
+    with pytest.raises(DataError, match="the distribution was measured in one run only"):
+        counted(1).merge(of([1]))
+
+
 def example() -> Statistics:
     tensors = {
+        "counted": counted(1, 2, 2, -1e30).merge(counted(5)),
         "/layer.0/x:0": of([[1, -2], [3, 4]], [[5, 6], [7, 8]], axis=1),
         "ünïcode": of([], []),
         "bad": of([np.nan], [1]),

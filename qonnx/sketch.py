@@ -1,0 +1,182 @@
+"""How often each value occurred: a histogram that needs no range, and in which every calibrator finds its threshold.
+
+An element is counted in the cell that the leading 20 bits of its float32 pattern name: the sign, the 8 bits of the
+exponent and the first 11 bits of the mantissa. Hence
+
+* the cell of an element does not depend on any other element: no first pass over the data finds a range, and neither
+  the order of batches, nor their size, nor the order of merges changes a single count;
+* a cell is 2^-11 = 0.05 % of its values wide, from 1.2e-38 to 3.4e38, so a threshold read off a cell's edge is at most
+  0.05 % away from the one that all raw values give;
+* there are 2^20 cells at most, of which a tensor fills a few ten thousand, however many samples are seen.
+
+The idea is that of a histogram with cells of constant relative width (Masson et al., DDSketch, VLDB 2019), with the
+logarithm read off the floating point format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+# Mantissa bits that name a cell. Entropy calibration wants 2048 bins or more up to the largest magnitude: 2^11.
+MANTISSA_BITS = 11
+
+_SHIFT = 23 - MANTISSA_BITS
+_CELLS = 1 << (32 - _SHIFT)
+_SIGN = np.uint32(_CELLS >> 1)
+_INFINITE = np.uint32(0x7F800000 >> _SHIFT)
+
+# Elements converted at a time: the cell numbers (int64) of a chunk stay in the cache until they are counted.
+_CHUNK = 1 << 15
+
+# Elements that are worth fetching a table into the cache for.
+_HOLD = 1 << 18
+
+# Elements after which the int32 table is emptied into int64 counts.
+_FOLD_AT = 2**31 - 1
+
+
+class Cells(NamedTuple):
+    """Counted intervals [low, high), in increasing order and without overlap; the values in one cannot be told apart.
+
+    Attributes:
+        low: [cells] float64, the lower edges.
+        high: [cells] float64, the upper edges.
+        counts: [cells] int64, elements in each; never 0.
+    """
+
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sketch:
+    """The non-empty cells of a histogram of float32 bit patterns. Made by `Counter` or `sketch`.
+
+    Attributes:
+        cells: [cells] uint32, the leading bits of the patterns, in increasing order.
+        counts: [cells] int64, elements in each cell; never 0.
+    """
+
+    cells: npt.NDArray[np.uint32]
+    counts: npt.NDArray[np.int64]
+
+    @property
+    def count(self) -> int:
+        """Elements counted, NaN and infinite ones included."""
+        return int(self.counts.sum())
+
+    @property
+    def nonfinite(self) -> int:
+        """How many elements were NaN or infinite."""
+        return int(self.counts[(self.cells & ~_SIGN) >= _INFINITE].sum())
+
+    @property
+    def zeros(self) -> int:
+        """How many elements were 0, or so small (below 6e-42) that no type tells them from 0."""
+        return int(self.counts[(self.cells & ~_SIGN) == 0].sum())
+
+    def merge(self, other: Sketch) -> Sketch:
+        """The histogram of both sets of elements together."""
+        cells = np.union1d(self.cells, other.cells)
+        counts = np.zeros(cells.size, np.int64)
+        counts[np.searchsorted(cells, self.cells)] += self.counts
+        counts[np.searchsorted(cells, other.cells)] += other.counts
+        return Sketch(cells, counts)
+
+    def magnitudes(self) -> Cells:
+        """The distribution of |x| over the finite elements; zeros are the first cell, [0, 5.7e-42).
+
+        Example:
+            >>> low, high, counts = sketch(np.array([-1, 1, 2, np.inf], np.float32)).magnitudes()
+            >>> print(low, high.round(4), counts)
+            [1. 2.] [1.0005 2.001 ] [2 1]
+        """
+        magnitude = self.cells & ~_SIGN
+        cells, inverse = np.unique(magnitude[magnitude < _INFINITE], return_inverse=True)
+        counts = np.zeros(cells.size, np.int64)
+        np.add.at(counts, inverse, self.counts[magnitude < _INFINITE])
+        return Cells(_edge(cells), _edge(cells + np.uint32(1)), counts)
+
+    def values(self) -> Cells:
+        """The distribution of x over the finite elements, negative ones first."""
+        magnitude = self.cells & ~_SIGN
+        finite = magnitude < _INFINITE
+        negative = finite & (self.cells >= _SIGN)
+        positive = finite & ~negative
+        low = np.concatenate([-_edge(magnitude[negative] + np.uint32(1))[::-1], _edge(magnitude[positive])])
+        high = np.concatenate([-_edge(magnitude[negative])[::-1], _edge(magnitude[positive] + np.uint32(1))])
+        return Cells(low, high, np.concatenate([self.counts[negative][::-1], self.counts[positive]]))
+
+
+def _edge(magnitude: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
+    """The lower edges of cells of positive values. That above the largest finite cell is 2^128, not infinity."""
+    edge = (magnitude << np.uint32(_SHIFT)).view(np.float32).astype(np.float64)
+    return np.where(magnitude == _INFINITE, 2.0**128, edge)
+
+
+class Counter:
+    """A histogram that grows in place. Several threads may add to it.
+
+    The table has one slot for every possible cell; the operating system gives memory only to the pages of it that are
+    written, which are few, as real values lie in a few octaves.
+    """
+
+    def __init__(self) -> None:
+        self._table = np.zeros(_CELLS, np.int32)  # half the width of a count: more cells in the cache, less memory
+        self._pending = 0
+        self._folded = Sketch(np.zeros(0, np.uint32), np.zeros(0, np.int64))
+        self._held: list[npt.NDArray[np.uint32]] = []
+        self._lock = threading.Lock()
+
+    def add(self, x: npt.NDArray[Any]) -> None:
+        """Counts every element of an array of any float type, as the float32 nearest to it.
+
+        A small array is held until more have come: do not change it afterwards.
+        """
+        patterns = np.ascontiguousarray(x, np.float32).reshape(-1).view(np.uint32)
+        with self._lock:
+            self._held.append(patterns)
+            if sum(part.size for part in self._held) >= _HOLD:
+                self._count_held()
+
+    def _count_held(self) -> None:
+        # ufunc.at adds into the table without making another, unlike bincount. Its index must be int64 and is best
+        # never negative: whether to wrap is a branch that signs, being random, mispredict.
+        index = np.empty(_CHUNK, np.int64)
+        for patterns in self._held:
+            for start in range(0, patterns.size, _CHUNK):
+                chunk = patterns[start : start + _CHUNK]
+                if self._pending > _FOLD_AT - chunk.size:
+                    self._folded = self._folded.merge(_nonempty(self._table))
+                    self._table.fill(0)
+                    self._pending = 0
+                self._pending += chunk.size
+                np.right_shift(chunk, _SHIFT, out=index[: chunk.size])
+                np.add.at(self._table, index[: chunk.size], np.int32(1))
+        self._held.clear()
+
+    def sketch(self) -> Sketch:
+        """What was counted so far."""
+        with self._lock:
+            self._count_held()
+            return self._folded.merge(_nonempty(self._table))
+
+
+def _nonempty(table: npt.NDArray[np.int32]) -> Sketch:
+    cells = np.flatnonzero(table)
+    return Sketch(cells.astype(np.uint32), table[cells].astype(np.int64))
+
+
+def sketch(x: npt.NDArray[Any]) -> Sketch:
+    """The histogram of one array, every element counted."""
+    counter = Counter()
+    counter.add(x)
+    return counter.sketch()
