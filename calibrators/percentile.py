@@ -42,17 +42,23 @@ class Percentile(msgspec.Struct, frozen=True, tag_field="kind", tag="percentile"
         if negligible(statistics):
             return limits(low, high, dtype, symmetric)
         if symmetric:
-            reach = min(_quantile(sketch.magnitudes(), self.percentile / 100), statistics.absolute_maximum)
+            reach = min(
+                _quantile(sketch.magnitudes(), statistics.count, self.percentile / 100), statistics.absolute_maximum
+            )
             return limits(max(low, -reach), min(high, reach), dtype, symmetric)
         cells, cut = sketch.values(), (1 - self.percentile / 100) / 2
         mirrored = Cells(-cells.high[::-1], -cells.low[::-1], cells.counts[::-1])
-        low = max(low, -_quantile(mirrored, 1 - cut))
-        return limits(low, min(high, _quantile(cells, 1 - cut)), dtype, symmetric)
+        low = max(low, -_quantile(mirrored, statistics.count, 1 - cut))
+        return limits(low, min(high, _quantile(cells, statistics.count, 1 - cut)), dtype, symmetric)
 
 
-def _quantile(cells: Cells, share: float) -> float:
-    """The upper edge of the cell that holds the element of rank ceil(share * count)."""
-    cumulative = np.cumsum(cells.counts)
+def _quantile(cells: Cells, count: int, share: float) -> float:
+    """The upper edge of the cell that holds the element of rank ceil(share * count).
+
+    Ranks are taken from the top, where the counts of sampled rows are exact too.
+    """
     # Shares such as 0.9999 are not exact in binary: without the slack, rank 9999 of 10 000 would become 10 000.
-    rank = math.ceil(share * int(cumulative[-1]) - 1e-6)
-    return float(cells.high[np.searchsorted(cumulative, max(rank, 1))])
+    above = count - math.ceil(share * count - 1e-6)
+    from_top = np.cumsum(cells.counts[::-1])
+    index = int(np.searchsorted(from_top, above, side="right"))
+    return float(cells.high[max(cells.high.size - 1 - index, 0)])

@@ -27,6 +27,9 @@ from qonnx.statistics import Statistics, TensorStatistics, from_batch
 # from several cores, and counting takes the interpreter's lock and one core.
 _WORKERS = 2
 
+# Elements per row that are counted. More are found in large feature maps only, where neighbours are much alike.
+ROW_LIMIT = 1 << 16
+
 # Batches whose extremes are merged at a time: merging copies the extremes of all batches so far.
 _KEPT_APART = 64
 
@@ -69,6 +72,7 @@ def observe(
     stream: Iterable[Feeds],
     *,
     distributions: Collection[str] = (),
+    limit: int | None = ROW_LIMIT,
     channel_axes: Mapping[str, int] | None = None,
     earlier: Statistics | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -84,6 +88,8 @@ def observe(
         stream: batches, each one array per model input.
         distributions: names among `values` of those whose elements are also counted, as calibrators other than
             `minmax`, `average` and `ema` need it. This costs more than the extremes, about 1.5 ns per element.
+        limit: rows of a value (one index of its first axis: in most models one sample) that have more elements are
+            sampled, the largest magnitudes excepted: see `qonnx.sketch.Counter`. None counts every element.
         channel_axes: by value name, the axis along which every index is observed too.
         earlier: what an interrupted run over the same stream had measured; its batches are skipped.
         progress: called after each batch.
@@ -98,7 +104,7 @@ def observe(
     watched = list(observers(augmented))
     if not watched:
         return earlier
-    run = _Run(watched, _positive_axes(model, channel_axes or {}))
+    run = _Run(watched, _positive_axes(model, channel_axes or {}), limit)
     runner = session(augmented, threads=max(1, (os.cpu_count() or 1) // _WORKERS))
     rest = itertools.islice(stream, earlier.batches, None)
     batches, samples, start = earlier.batches, earlier.samples, time.perf_counter()
@@ -139,12 +145,12 @@ def _positive_axes(model: ir.Model, channel_axes: Mapping[str, int]) -> dict[str
 class _Run:
     """The statistics of one run while it grows."""
 
-    def __init__(self, watched: Sequence[Observer], axes: Mapping[str, int]) -> None:
+    def __init__(self, watched: Sequence[Observer], axes: Mapping[str, int], limit: int | None) -> None:
         self._axes = axes
         self._outputs: dict[str, dict[Statistic, str]] = {}
         for observer in watched:
             self._outputs.setdefault(observer.value, {})[observer.statistic] = observer.output
-        self._counters = {name: Counter() for name, parts in self._outputs.items() if Statistic.ELEMENTS in parts}
+        self._counters = {name: Counter(limit) for name, parts in self._outputs.items() if Statistic.ELEMENTS in parts}
         self._batches: list[Statistics] = []
 
     def over(self, runner: Session, stream: Iterable[Feeds]) -> Generator[Statistics, None, None]:
@@ -170,7 +176,7 @@ class _Run:
         results = runner.run(feeds)
         tensors = {name: self._measured(name, results) for name in self._outputs}
         for name, counter in self._counters.items():
-            counter.add(results.pop(self._outputs[name][Statistic.ELEMENTS]))
+            counter.add(results.pop(self._outputs[name][Statistic.ELEMENTS]), every=not tensors[name].finite)
         return Statistics(tensors, batches=1, samples=_samples(feeds))
 
     def _keep(self, future: Future[Statistics]) -> Statistics:

@@ -106,3 +106,66 @@ def test_a_full_table_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_counts_beyond_32_bits_add_up() -> None:
     many = Sketch(np.array([5], np.uint32), np.array([2**40], np.int64))
     assert many.merge(many).counts.tolist() == [2**41]
+
+
+def rows(count: int = 6) -> Floats:
+    """Rows of 40 x 384 elements of which two channels are far larger than the others."""
+    x = np.random.default_rng(0).normal(size=(count, 40, 384)).astype(np.float32)
+    x[:, :, [5, 200]] *= 60
+    return x
+
+
+def sampled(x: Floats, limit: int = 2000, *, every: bool = False) -> Sketch:
+    counter = Counter(limit)
+    counter.add(x, every=every)
+    return counter.sketch()
+
+
+def test_sampled_rows_do_not_depend_on_order_or_batch_size() -> None:
+    x = rows()
+    counter = Counter(2000)
+    for row in x[::-1]:
+        counter.add(row[None])
+    assert_equal(counter.sketch(), sampled(x))
+    assert_equal(sampled(x[:2]).merge(sampled(x[2:])), sampled(x))
+
+
+def test_the_largest_elements_of_sampled_rows_are_all_counted() -> None:
+    """Above the highest of the rows' thresholds nothing is missing; these lie at the largest 0.5 %."""
+    x = rows()
+    exact, found = sketch(x).magnitudes(), sampled(x).magnitudes()
+    for share in (0.001, 0.003):
+        threshold = np.quantile(np.abs(x), 1 - share)
+        assert found.counts[found.low > threshold].sum() == exact.counts[exact.low > threshold].sum()
+    np.testing.assert_array_equal(found.low[-1], exact.low[-1])
+
+
+def test_the_other_elements_are_estimated_over_all_channels() -> None:
+    x = rows(20)
+    found = sampled(x).magnitudes()
+    assert abs(found.counts.sum() / x.size - 1) < 0.001
+    for low, high in ((0.1, 0.5), (1, 2), (2, 10)):  # the last range: the two large channels, which are 0.5 % of all
+        expected = np.count_nonzero((np.abs(x) >= low) & (np.abs(x) < high))
+        assert abs(found.counts[(found.low >= low) & (found.low < high)].sum() / expected - 1) < 0.05
+
+
+def test_short_rows_are_counted_whole() -> None:
+    x = rows()
+    assert_equal(sampled(x, limit=40 * 384), sketch(x))
+    assert_equal(sampled(x.reshape(-1, 384), limit=384), sketch(x))
+    assert_equal(sampled(x, every=True), sketch(x))
+
+
+@pytest.mark.parametrize("value", [0.0, -3.5])
+def test_constant_rows_are_sampled_without_a_tail(value: float) -> None:
+    found = sampled(np.full((2, 40, 384), value, np.float32))
+    assert found.cells.size == 1
+    assert abs(found.count / (2 * 40 * 384) - 1) < 0.01
+
+
+def test_one_spike_in_a_sampled_row_is_counted_once() -> None:
+    x = np.zeros((1, 50_000), np.float32)
+    x[0, 31_337] = -1e30
+    low, _, counts = sampled(x).values()
+    assert low[0] < -0.99e30
+    assert counts[0] == 1
