@@ -2,151 +2,302 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qonnx.errors import QonnxError
+from qonnx.errors import EngineError, OutputError, QonnxError, RecipeError
+from qonnx.progress import batch_count, calibrating, working
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from qonnx.calibrate import Progress
+    from rich.console import Console
+    from rich.text import Text
 
 app = typer.Typer(
     help="Turns a PyTorch or ONNX model into a quantized ONNX graph that TensorRT and ONNX Runtime run in INT8.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The float model.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The float model.", show_default=False)]
+Quantized = Annotated[Path, typer.Argument(metavar="QUANTIZED.onnx", help="The quantized model.", show_default=False)]
 Data = Annotated[
-    Path, typer.Option("--data", help="Folder of .npz files, one batch each, keys named like the model's inputs.")
+    Path,
+    typer.Option(
+        "--data",
+        metavar="FOLDER",
+        help="Folder of .npz files, one batch each: an array per input of the model, under the input's name. "
+        "Or a single .npz file.",
+        show_default=False,
+    ),
 ]
-MaxBatches = Annotated[int | None, typer.Option("--max-batches", min=1, help="Use at most this many batches.")]
-TargetName = Annotated[str, typer.Option("--target", help="Who will run the graph: a800 or ort-cpu.")]
+MaxBatches = Annotated[
+    int | None, typer.Option("--max-batches", metavar="N", min=1, help="Use the first N batches at most.")
+]
+TargetName = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        metavar="NAME",
+        help="What will run the graph: a800 (TensorRT on A800 and A100) or ort-cpu (ONNX Runtime).",
+    ),
+]
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the whole result as JSON.")]
 
 
 def main() -> None:
-    """Runs the command line. Exit code 0: done; 2: an error, in one line on standard error."""
+    """Runs the command line. Exit code 0: done; 2: an error, in one line on standard error; 130: stopped."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, signal.default_int_handler)  # clean up, as on Ctrl-C
     try:
-        app()
+        # Without arguments: the help.
+        code = app(sys.argv[1:] or ["--help"], prog_name="qonnx", standalone_mode=False) or 0
     except QonnxError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        code = _failed(str(error))
+    except typer.TyperException as error:
+        code = _failed(f"{error.format_message().rstrip('.')}; `qonnx COMMAND --help` lists what it takes")
+    except MemoryError:
+        code = _failed("out of memory; make the batches smaller")
+    except OSError as error:
+        code = _failed(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    if code == 130:
         typer.echo("stopped", err=True)
-        sys.exit(130)
+    sys.exit(code)
+
+
+def _failed(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.splitlines())}", err=True)
+    return 2
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"qonnx {version('qonnx-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Takes what stands before the command."""
 
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:FACTORY | HF_DIRECTORY")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The ONNX file to write.")],
-    opset: Annotated[int, typer.Option(help="18 to 25.")] = 21,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="PACKAGE.MODULE:FACTORY, a function that returns (module, example inputs) or (module, example inputs, "
+            "dynamic shapes); or the directory of a Hugging Face model.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The model to write (.onnx).", show_default=False)
+    ],
+    opset: Annotated[int, typer.Option(metavar="N", help="The ONNX operator set, 18 to 25.")] = 21,
+    verify: Annotated[bool, typer.Option(help="Compare the model with torch before it is written.")] = True,
 ) -> None:
-    """Exports a torch module, checks it against torch on two shapes, and writes ONNX."""
+    """Export a PyTorch model to ONNX, and check it against torch.
+
+    The result is compared with torch on the example inputs and, where there are dynamic dimensions, in a second size.
+    """
     from qonnx.exporter import export_from
 
-    path = export_from(source, output, opset=opset)
-    typer.echo(f"wrote {path}")
+    with _writing(output), working("exporting"):
+        path = export_from(source, output, opset=opset, verify=verify)
+    typer.echo(f"wrote {path}" if verify else f"wrote {path}, not compared with torch")
 
 
 @app.command()
 def calibrate(
     model: Model,
     data: Data,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The statistics file to write (.npz).")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The statistics to write (.npz).", show_default=False)
+    ],
     target: TargetName = "a800",
     max_batches: MaxBatches = None,
 ) -> None:
-    """Observes the tensors of a model over calibration data, in one pass."""
+    """Measure the tensors of a model over calibration data."""
     from qonnx.pipeline import calibrate as run
+    from qonnx.tables import count
 
-    with _Progress() as progress:
+    _check_distinct([model], output)
+    with _writing(output), calibrating(batch_count(data, max_batches)) as progress:
         statistics = run(model, data, target=target, max_batches=max_batches, progress=progress)
-    statistics.save(output)
-    typer.echo(f"wrote {output}: {len(statistics.tensors)} tensors over {statistics.batches} batches")
+        statistics.save(output)
+    tensors, batches = count(len(statistics.tensors), "tensor"), count(statistics.batches, "batch")
+    typer.echo(f"wrote {output}: {tensors} over {batches}")
 
 
 @app.command()
 def quantize(
     model: Model,
     data: Data,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The quantized model to write.")],
-    recipe: Annotated[str, typer.Option(help="A built-in recipe (see `qonnx recipes`) or a YAML file.")] = "int8",
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The quantized model to write (.onnx).", show_default=False
+        ),
+    ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FILE", help="A built-in recipe (`qonnx recipes`) or a YAML file.  [default: int8]"),
+    ] = None,
     target: TargetName = "a800",
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting of the recipe.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a setting of the recipe, such as activations.calibrator.kind=minmax; may be repeated.",
+        ),
     ] = None,
-    plan: Annotated[Path | None, typer.Option(help="Use this plan instead of making one.")] = None,
-    save_plan: Annotated[Path | None, typer.Option(help="Write the plan as JSON.")] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Follow this plan instead of making one; the data then only judge it."),
+    ] = None,
+    save_plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the plan, which lists every decision, as JSON.")
+    ] = None,
+    json: Json = None,
     max_batches: MaxBatches = None,
 ) -> None:
-    """Quantizes a model, compares it with the original on held-back batches, and writes it."""
+    """Quantize a model, and compare it with the original.
+
+    Some of the batches are held back from calibration, and the two models are compared on these. Layers that cost too
+    much accuracy stay in float.
+    """
     from qonnx.pipeline import quantize as run
     from qonnx.tables import result_tables
+    from qonnx.targets import target as find_target
 
-    with _Progress() as progress:
+    if plan is not None and (recipe is not None or set_):
+        raise RecipeError(f"plan {plan}: decides what a recipe would; leave out --recipe and --set")
+    _check_distinct([model, data, *([plan] if plan else [])], output, save_plan, json)
+    with (
+        _writing(save_plan) as write_plan,
+        _writing(json) as write_json,
+        calibrating(batch_count(data, max_batches, hold_out=True), then="planning and comparing") as progress,
+    ):
         result = run(
             model,
             data,
             output,
-            recipe=recipe,
+            recipe=recipe or "int8",
             target=target,
             settings=set_ or (),
             plan=plan,
             max_batches=max_batches,
             progress=progress,
         )
-    if save_plan is not None:
-        result.plan.save(save_plan)
-    _print(*result_tables(result))
+        write_plan(result.plan.to_json())
+        write_json(_json(result))
+    _print(result_tables(result))
+    if result.warnings:
+        _next("compare", model, output, "--data", data, "--layers")
+    elif find_target(target).compute_capability:
+        _next("engine", output, "-o", output.with_suffix(".plan"))
 
 
 @app.command()
 def compare(
     reference: Model,
-    candidate: Annotated[Path, typer.Argument(metavar="QUANTIZED.onnx", help="The quantized model.")],
+    candidate: Quantized,
     data: Data,
     layers: Annotated[bool, typer.Option("--layers", help="Also compare the result of every layer.")] = False,
+    json: Json = None,
     max_batches: MaxBatches = None,
 ) -> None:
-    """Signal-to-quantization-noise ratio, cosine and largest error of every output."""
+    """Measure how far a quantized model is from the original.
+
+    For every output, over all batches: signal-to-quantization-noise ratio (SQNR, 20 dB is an error of 10 % of the
+    signal, 40 dB of 1 %), cosine similarity and the largest absolute error.
+    """
     from qonnx.comparison import compare as run
+    from qonnx.graph import load
     from qonnx.tables import comparison_tables
 
-    _print(*comparison_tables(run(reference, candidate, data, layers=layers, max_batches=max_batches)))
+    for model in (reference, candidate):
+        load(model)  # says what is wrong with a damaged file better than ONNX Runtime does
+    _check_distinct([reference, candidate, data], json)
+    with _writing(json) as write_json, working("comparing"):
+        comparison = run(reference, candidate, data, layers=layers, max_batches=max_batches)
+        write_json(_json(comparison))
+    _print(comparison_tables(comparison))
 
 
 @app.command()
 def engine(
-    model: Annotated[Path, typer.Argument(metavar="QUANTIZED.onnx")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The engine to write.")],
+    model: Quantized,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The engine to write.", show_default=False)
+    ],
     target: TargetName = "a800",
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MIN,USUAL,MAX",
+            help="Sizes of a dynamic dimension, such as sequence=1,128,256; may be repeated. "
+            "The batch is 1,8,32 if not given.",
+        ),
+    ] = None,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after this long.")] = 600,
+    layers: Annotated[bool, typer.Option("--layers", help="Also list the kernels of the engine.")] = False,
 ) -> None:
-    """Builds a TensorRT engine for the target; tensorrt-rtx does so without a GPU."""
+    """Build a TensorRT engine; this needs no GPU.
+
+    The compiler is TensorRT-RTX: pip install 'qonnx-pipeline[rtx]'.
+    """
+    from qonnx.comparison import LAYER_OPS
     from qonnx.engine import build_engine
+    from qonnx.engine.listing import int8_nodes
+    from qonnx.graph import load
     from qonnx.tables import engine_tables
 
-    _print(*engine_tables(build_engine(model, output, target=target)))
+    _check_distinct([model], output)
+    with working("compiling"):
+        report = build_engine(model, output, target=target, dims=_dims(dim or ()), timeout=timeout)
+    nodes = [node for node in load(model).graph if node.op_type in LAYER_OPS]
+    names = [node.name or f"node_of_{node.outputs[0].name}" for node in nodes]
+    _print(engine_tables(report, int8_nodes(report.layers, names), layers))
 
 
 @app.command()
-def recipes() -> None:
-    """Lists the built-in recipes as YAML to start from."""
-    from qonnx.recipe import RECIPES, to_yaml
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only this one.", show_default=False)] = None,
+) -> None:
+    """Show the built-in recipes as YAML, to start your own from.
 
-    typer.echo("\n".join(to_yaml(recipe) for recipe in RECIPES))
+    For example `qonnx recipes int8 > mine.yaml`, then `qonnx quantize --recipe mine.yaml`.
+    """
+    from qonnx.recipe import RECIPES, load_recipe, to_yaml
+
+    chosen = RECIPES if name is None else (load_recipe(name),)
+    typer.echo("---\n".join(to_yaml(recipe) for recipe in chosen), nl=False)
 
 
 @app.command()
-def view(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")]) -> None:
-    """Shows a graph in Netron, in the browser."""
+def view(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX model.", show_default=False)],
+) -> None:
+    """Show a graph in the browser, with Netron."""
     from qonnx.errors import DependencyError
     from qonnx.graph import load
 
@@ -159,27 +310,74 @@ def view(model: Annotated[Path, typer.Argument(metavar="MODEL.onnx")]) -> None:
     netron.wait()
 
 
-def _print(*parts: Any) -> None:
+def _check_distinct(inputs: Iterable[Path], *outputs: Path | None) -> None:
+    """Refuses to write over a file that is read, or two results into one file."""
+    taken = {path.resolve() for path in inputs}
+    for path in outputs:
+        if path is not None and path.resolve() in taken:
+            raise OutputError(f"{path}: would overwrite another file of this command; choose another name")
+        if path is not None:
+            taken.add(path.resolve())
+
+
+@contextlib.contextmanager
+def _writing(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """A function that writes a text file, whole or not at all; a path that cannot be written is refused right away."""
+    from qonnx.graph import publish, staging
+
+    if path is None:
+        yield lambda text: None
+        return
+    with staging(path) as folder:
+
+        def write(text: str) -> None:
+            (folder / path.name).write_text(text, encoding="utf-8")
+            publish(folder, path.parent)
+
+        yield write
+
+
+def _json(result: object) -> str:
+    """A result as JSON; figures that are infinite or not a number become null."""
+    import msgspec
+
+    return msgspec.json.encode(result).decode()
+
+
+def _dims(options: Iterable[str]) -> dict[str, tuple[int, int, int]]:
+    dims = {}
+    for option in options:
+        name, _, sizes = option.partition("=")
+        try:
+            smallest, usual, largest = map(int, sizes.split(","))
+        except ValueError:
+            raise EngineError(f"--dim {option}: give NAME=MIN,USUAL,MAX, such as sequence=1,128,256") from None
+        dims[name] = (smallest, usual, largest)
+    return dims
+
+
+def _print(lines: Iterable[Text]) -> None:
+    """To a terminal with words wrapped, into a pipe line by line; names and figures stay whole in both."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    for part in parts:
-        console.print(part)
+    for line in lines:
+        if line.no_wrap or not console.is_terminal:
+            console.print(line, soft_wrap=True)
+        else:
+            console.print(*_wrapped(line, console), sep="\n")
 
 
-class _Progress:
-    """A line on the terminal that says how far calibration is; nothing when the output is not a terminal."""
+def _wrapped(line: Text, console: Console) -> Iterator[Text]:
+    """Broken between words, the following lines further in than the first."""
+    from rich.text import Text
 
-    def __enter__(self) -> Callable[[Progress], None]:
-        from rich.console import Console
-        from rich.status import Status
+    text = line.plain.lstrip()
+    indent = " " * (len(line.plain) - len(text))
+    for number, part in enumerate(Text(text, line.style).wrap(console, max(console.width - len(indent) - 2, 20))):
+        yield Text(indent + ("  " if number else ""), line.style).append_text(part)
 
-        self._status = Status("calibrating", console=Console(stderr=True))
-        self._status.start()
-        return self._show
 
-    def _show(self, progress: Progress) -> None:
-        self._status.update(f"calibrating: {progress.batches} batches, {progress.rate:.1f} samples/s")
-
-    def __exit__(self, *exception: object) -> None:
-        self._status.stop()
+def _next(*words: str | Path) -> None:
+    """The command that comes next, ready to be copied."""
+    typer.echo(f"\nnext: {shlex.join(['qonnx', *map(str, words)])}")

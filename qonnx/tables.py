@@ -1,123 +1,255 @@
-"""Results as tables for a terminal."""
+"""Results as lines of text: the verdict first, then figures in columns, names last.
+
+A name is never folded and a figure never cut off, so that lines can be copied, searched and sorted; the same lines go
+to a terminal and into a pipe.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    import onnx_ir as ir
 
     from qonnx.comparison import Comparison, Difference
-    from qonnx.engine import EngineReport
+    from qonnx.engine import EngineLayer, EngineReport
+    from qonnx.engine.listing import NodePrecision
     from qonnx.pipeline import Result
+    from qonnx.plan import LayerPlan, QuantPlan
     from qonnx.sensitivity import LayerCost
 
-# How many layers a table names before it only counts the rest.
+# How many layers a list names before it only counts the rest.
 _ROWS = 12
 
+_GOOD, _BAD, _TITLE = "bold green", "bold yellow", "bold"
 
-def result_tables(result: Result) -> list[RenderableType]:
-    """What was quantized, what it costs, and what to look out for."""
+
+def result_tables(result: Result) -> list[Text]:
+    """Whether the file can be used, what it is, what was left in float and why, and what to look out for."""
     plan = result.plan
-    table = _table(f"quantized for {plan.target} with recipe {plan.recipe}", "", "")
-    table.add_row("file", result.output)
-    table.add_row("layers on integers", f"{len(plan.quantized_layers)} of {len(plan.layers)}")
-    table.add_row("weights", _sizes(result))
-    for output in result.comparison.outputs:
-        table.add_row(f"output {output.name}", _quality(output))
-    judged = f"{result.held_out} held-back batches" if result.held_out else "the calibration batch"
-    table.add_row("judged on", judged)
-    table.add_row("time", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()))
-    parts: list[RenderableType] = [table]
-    if plan.float_layers:
-        left = _table("layers left in float", "layer", "operator", "reason")
-        reasons = [(layer.path or layer.node, layer.op, layer.reason) for layer in plan.float_layers]
-        parts.append(_filled(left, reasons))
+    judged = count(result.held_out, "held-back batch") if result.held_out else "the calibration batch"
+    verdict = f"{_verdict(result.comparison.outputs)}, judged on {judged}"
+    if result.warnings:
+        lines = [Text(f"{result.output}: check it before use; {verdict}", _BAD)]
+    else:
+        lines = [Text(f"{result.output}: ready; {verdict}", _GOOD)]
+    lines += _warnings(result.warnings)
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    facts = [
+        ("layers", f"{len(plan.quantized_layers)} of {len(plan.layers)} on integers"),
+        ("made for", f"{plan.target} with recipe {plan.recipe}"),
+        ("weights", _share(result.quantized_bytes, result.float_bytes)),
+        ("", _without_lookups(result)),
+        ("time", stages),
+        *(("prepared", note) for note in result.notes),
+    ]
+    lines += [Text(), *_rows([fact for fact in facts if fact[1]], right=0)]
+    lines += [Text(), *_differences(result.comparison.outputs)]
     if result.costs and result.warnings:
-        parts.append(_costs(result.costs))
-    return [*parts, *(Text(f"warning: {warning}", style="bold yellow") for warning in result.warnings)]
+        lines += [Text(), *_costs(result.costs)]
+    return lines + _left_in_float(plan)
 
 
-def comparison_tables(comparison: Comparison) -> list[RenderableType]:
-    """Every output, and every layer where layers were compared."""
-    parts = [_differences(f"outputs over {comparison.batches} batches", comparison.outputs)]
-    if comparison.layers:
-        parts.append(_differences("layers in network order", comparison.layers))
-    texts = [
-        Text(f"warning: {entry.name}: {entry.nonfinite} values are not finite", style="bold yellow")
-        for entry in (*comparison.outputs, *comparison.layers)
-        if entry.nonfinite > entry.nonfinite_reference
-    ]
-    if comparison.unmatched_layers:
-        texts.append(Text(f"{len(comparison.unmatched_layers)} layers have no counterpart of the same name"))
-    return [*parts, *texts]
-
-
-def engine_tables(report: EngineReport) -> list[RenderableType]:
-    """The engine, and which of its layers compute on what."""
-    capability = ".".join(str(part) for part in report.compute_capability)
-    table = _table(f"engine for compute capability {capability}", "", "")
-    table.add_row("file", f"{report.plan} ({report.bytes / 1e6:.1f} MB)")
-    table.add_row("compiler", report.compiler)
-    table.add_row("time", f"{report.seconds:.1f} s")
-    layers = _table("engine layers", "layer", "inputs", "outputs")
-    rows = [
-        (layer.name, " ".join(kind.name for kind in layer.inputs), " ".join(kind.name for kind in layer.outputs))
-        for layer in report.layers
-    ]
-    texts = [Text(f"warning: {warning}", style="bold yellow") for warning in report.warnings]
-    return [table, _filled(layers, rows, most=60), *texts]
-
-
-def _sizes(result: Result) -> str:
-    share = result.quantized_bytes / max(result.float_bytes, 1)
-    text = f"{result.float_bytes / 1e6:.1f} MB -> {result.quantized_bytes / 1e6:.1f} MB ({share:.0%})"
-    if result.lookup_bytes:
-        rest = result.float_bytes - result.lookup_bytes
-        without = (result.quantized_bytes - result.lookup_bytes) / max(rest, 1)
-        text += f"; without {result.lookup_bytes / 1e6:.1f} MB of embedding tables, which stay in float: {without:.0%}"
-    return text
-
-
-def _quality(output: Difference) -> str:
-    if not math.isnan(output.agreement):
-        return f"{output.agreement:.2%} equal"
-    return f"SQNR {output.sqnr_db:.1f} dB, cosine {output.cosine:.5f}, largest error {output.max_error:.3g}"
-
-
-def _differences(title: str, differences: Iterable[Difference]) -> Table:
-    table = _table(title, "value", "operator", "SQNR dB", "cosine", "largest error")
-    for entry in differences:
-        if math.isnan(entry.agreement):
-            figures = (f"{entry.sqnr_db:.1f}", f"{entry.cosine:.5f}", f"{entry.max_error:.3g}")
-        else:
-            figures = ("", "", f"{entry.agreement:.2%} equal")
-        table.add_row(entry.name, entry.op, *figures)
-    return table
-
-
-def _costs(costs: Sequence[LayerCost]) -> Table:
-    table = _table(
-        "what single layers cost: the output when only this one is quantized", "layer", "operator", "SQNR dB"
+def comparison_tables(comparison: Comparison) -> list[Text]:
+    """The worst output, then every output, and every layer where layers were compared."""
+    broken = [entry for entry in (*comparison.outputs, *comparison.layers) if _nonfinite(entry)]
+    verdict = f"{_verdict(comparison.outputs)}, on {count(comparison.batches, 'batch')}"
+    lines = [Text(verdict, _BAD if broken else _TITLE)]
+    lines += _warnings(f"{entry.name}: {entry.nonfinite} values are NaN or infinite" for entry in broken[:_ROWS])
+    lines += _warnings(
+        f"{entry.name}: its shape differs in {count(entry.mismatched_batches, 'batch')}"
+        for entry in comparison.outputs
+        if entry.mismatched_batches
     )
-    return _filled(table, [(cost.path or cost.node, cost.op, f"{cost.sqnr_db:.1f}") for cost in costs])
+    lines += [Text(), *_differences(comparison.outputs)]
+    if comparison.layers:
+        lines += [Text(), Text("layers in network order; errors add up on the way", _TITLE)]
+        lines += _differences(comparison.layers)
+    if comparison.unmatched_layers:
+        lines.append(Text(f"{count(len(comparison.unmatched_layers), 'layer')} without a counterpart of that name"))
+    return lines
 
 
-def _filled(table: Table, rows: Sequence[tuple[str, ...]], most: int = _ROWS) -> Table:
-    for row in rows[:most]:
-        table.add_row(*row)
-    if len(rows) > most:
-        table.add_row(f"... and {len(rows) - most} more")
-    return table
+def engine_tables(report: EngineReport, products: Sequence[NodePrecision], layers: bool = False) -> list[Text]:
+    """The engine, which of the model's matrix products and convolutions run on INT8, and if asked for every kernel.
+
+    Args:
+        report: what was built.
+        products: how the engine runs each Conv, ConvTranspose, Gemm and MatMul.
+        layers: whether to list the kernels.
+    """
+    in_float = [product.node for product in products if not product.int8]
+    share = f"{len(products) - len(in_float)} of {len(products)} convolutions and matrix products run on INT8"
+    lines = [Text(f"{report.plan}: {share}", _BAD if len(in_float) == len(products) else _GOOD)]
+    lines += _warnings(report.warnings)
+    capability = ".".join(str(part) for part in report.compute_capability)
+    facts = [
+        ("size", _bytes(report.bytes)),
+        ("made for", f"compute capability {capability}"),
+        ("made by", f"{report.compiler} in {report.seconds:.1f} s"),
+        *(("shapes", f"{name} {' '.join(map(_shape, shapes))}") for name, shapes in report.profiles.items()),
+    ]
+    lines += [Text(), *_rows(facts, right=0)]
+    if in_float:
+        lines += [Text(), Text("not on INT8", _TITLE), *_named(in_float)]
+    if layers:
+        rows = [("reads", "writes", "kernel"), *map(_kernel, report.layers)]
+        lines += [Text(), Text("kernels in order of execution", _TITLE), *_rows(rows, right=0)]
+    return lines
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=any(columns), header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+def _verdict(outputs: Sequence[Difference]) -> str:
+    """The worst that happened to any output, in a few words."""
+    if any(_nonfinite(entry) for entry in outputs):
+        return "outputs are NaN or infinite where those of the float model are not"
+    ratio = min((entry.sqnr_db for entry in outputs if not math.isnan(entry.sqnr_db)), default=math.nan)
+    agreement = min((entry.agreement for entry in outputs if not math.isnan(entry.agreement)), default=math.nan)
+    parts = []
+    if ratio == math.inf:
+        parts.append("outputs are the same as in float")
+    elif ratio == -math.inf:
+        parts.append("an output that is zero in float is not")
+    elif not math.isnan(ratio):
+        parts.append(f"outputs keep {ratio:.1f} dB (the error is {_percent(10 ** (-ratio / 20))} of the signal)")
+    if not math.isnan(agreement):
+        parts.append(f"{_percent(agreement)} of integer outputs are equal")
+    return ", ".join(parts) or "nothing could be compared"
+
+
+def _nonfinite(entry: Difference) -> bool:
+    return entry.nonfinite > entry.nonfinite_reference
+
+
+def _differences(entries: Sequence[Difference]) -> list[Text]:
+    """One line a value, figures first; for integers the share of equal elements."""
+    rows = [("SQNR dB", "cosine", "largest error", "")]
+    for entry in entries:
+        name = f"{entry.name} ({entry.op})" if entry.op else entry.name
+        if math.isnan(entry.agreement):
+            rows.append((f"{entry.sqnr_db:.1f}", f"{entry.cosine:.5f}", f"{entry.max_error:.3g}", name))
+        else:
+            rows.append(("", "", f"{_percent(entry.agreement)} equal", name))
+    return _rows(rows, right=3)
+
+
+def _costs(costs: Sequence[LayerCost]) -> list[Text]:
+    rows = [("SQNR dB", ""), *((f"{cost.sqnr_db:.1f}", f"{cost.path or cost.node} ({cost.op})") for cost in costs)]
+    title = Text("what the outputs keep when only this layer is quantized", _TITLE)
+    return [title, *_rows(rows[: _ROWS + 1], right=1)]
+
+
+def _left_in_float(plan: QuantPlan) -> list[Text]:
+    lines = []
+    if plan.float_layers:
+        title = f"left in float: {len(plan.float_layers)} of {count(len(plan.layers), 'layer')}"
+        lines += [Text(), Text(title, _TITLE), *_by_reason(plan.float_layers)]
+    if plan.float_operators:
+        counts: dict[str, list[str]] = {}
+        for entry in sorted(plan.float_operators, key=lambda entry: -entry.count):
+            counts.setdefault(entry.reason, []).append(f"{entry.count} {entry.op}")
+        lines += [Text(), Text("other operators, in float", _TITLE)]
+        lines += [Text(f"  {', '.join(found)}: {reason}") for reason, found in counts.items()]
+    return lines
+
+
+def _by_reason(layers: Iterable[LayerPlan]) -> list[Text]:
+    """Each reason once, with the layers that it keeps in float."""
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.reason, []).append(f"{layer.path or layer.node} ({layer.op})")
+    lines = []
+    room = _ROWS
+    for reason, names in groups.items():
+        lines += [Text(f"  {reason}"), *_named(names, max(room, 1), "    ")]
+        room -= len(names)
+    return lines
+
+
+def _named(names: Sequence[str], most: int = _ROWS, indent: str = "  ") -> list[Text]:
+    lines = [_line(indent + name) for name in names[:most]]
+    if len(names) > most:
+        lines.append(_line(f"{indent}... and {len(names) - most} more"))
+    return lines
+
+
+def _kernel(layer: EngineLayer) -> tuple[str, ...]:
+    def kinds(types: Iterable[ir.DataType]) -> str:
+        return " ".join(dict.fromkeys(kind.name.lower() for kind in types)) or "-"
+
+    return kinds(layer.inputs + layer.constants), kinds(layer.outputs), layer.name
+
+
+def _warnings(warnings: Iterable[str]) -> Iterator[Text]:
+    return (Text(f"warning: {warning}", _BAD) for warning in warnings)
+
+
+def _rows(rows: Sequence[tuple[str, ...]], right: int) -> list[Text]:
+    """Columns under one another, the first `right` of them flush right; the last is as long as it likes."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column < right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append(_line("  ".join([*cells, row[-1]]).rstrip()))
+    return lines
+
+
+def _line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ignore")
+
+
+def _without_lookups(result: Result) -> str:
+    if not result.lookup_bytes:
+        return ""
+    rest = _share(result.quantized_bytes - result.lookup_bytes, result.float_bytes - result.lookup_bytes)
+    return f"{rest} without embedding tables, which stay in float"
+
+
+def _share(after: int, before: int) -> str:
+    return f"{_bytes(before)} -> {_bytes(after)} ({_percent(after / max(before, 1))})"
+
+
+def _bytes(size: int) -> str:
+    """A size that keeps two digits or more.
+
+    >>> _bytes(999), _bytes(59_879), _bytes(90_265_600)
+    ('999 B', '59.9 kB', '90.3 MB')
+    """
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} B"
+
+
+def _percent(share: float) -> str:
+    """A percentage that is not rounded to 0 % or 100 % unless it is.
+
+    >>> _percent(0.158), _percent(0.00042), _percent(0.99996), _percent(1.0)
+    ('16%', '0.042%', '99.996%', '100%')
+    """
+    percent = 100 * share
+    if 0 < percent < 10:
+        return f"{percent:.2g}%"
+    if 99 < percent < 100:
+        return f"{percent:.{-math.floor(math.log10(100 - percent))}f}%"
+    return f"{percent:.0f}%"
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> count(1, "batch"), count(2, "batch"), count(0, "layer")
+    ('1 batch', '2 batches', '0 layers')
+    """
+    plural = f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"

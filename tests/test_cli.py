@@ -1,0 +1,753 @@
+"""The command line as a user meets it: results that read well, and bad input that ends in one line."""
+
+import contextlib
+import errno
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import qonnx
+from qonnx import cli
+from qonnx.plan import QuantPlan
+from qonnx.recipe import RECIPES, load_recipe
+from qonnx.statistics import Statistics
+from qonnx.targets import TARGETS
+from tests.graphs import model_of
+
+MLP = (
+    "g (float[batch,32] x, int64[batch,1] ids, float[32,64] w, float[64] b, float[64,32] w2, float[7,32] table)"
+    " => (float[batch,32] y, int64[batch,1] copy) "
+    "{ [fc1] a = Gemm(x, w, b) r = Relu(a) [fc2] z = MatMul(r, w2) k = Constant<value_ints=[-1,32]>()"
+    " e = Gather(table, ids) f = Reshape(e, k) y = Add(z, f) copy = Identity(ids) }"
+)
+ROOT = Path(qonnx.__file__).parents[1]
+
+QUANTIZE = "quantize model.onnx --data calib -o out.onnx"
+CALIBRATE = "calibrate model.onnx --data calib -o out.npz"
+COMPARE = "compare model.onnx quantized.onnx --data calib"
+ENGINE = "engine quantized.onnx -o out.plan"
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Qonnx = Callable[..., Done]
+Setup = Callable[[Path], object]
+
+
+@pytest.fixture
+def qonnx_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Qonnx:
+    """Runs a command line in this process."""
+
+    def run(line: str, *more: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["qonnx", *line.split(), *more])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    # The handlers are for a process of its own.
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return run
+
+
+def subprocess_of(line: str, cwd: Path, before: str = "", **environment: str) -> Done:
+    """Runs a command line in a process of its own, after some Python code."""
+    code = f"{before}\nfrom qonnx.cli import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *line.split()],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def batches(count: int = 4) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    return [
+        {"x": rng.standard_normal((8, 32)).astype(np.float32), "ids": rng.integers(0, 7, (8, 1))} for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, with weights inside and beside it, data, a quantized model and its plan."""
+    folder = tmp_path_factory.mktemp("made")
+    model = model_of(MLP, weights="w b w2 table", scale=0.2)
+    ir.save(model, folder / "model.onnx")
+    ir.save(model, folder / "external.onnx", external_data="external.onnx.data", size_threshold_bytes=0)
+    (folder / "calib").mkdir()
+    for number, batch in enumerate(batches()):
+        np.savez(folder / "calib" / f"{number}.npz", **batch)
+    result = qonnx.quantize(folder / "model.onnx", folder / "calib", folder / "quantized.onnx")
+    result.plan.save(folder / "plan.json")
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of `made` as the current directory."""
+    copy = tmp_path / "work"
+    shutil.copytree(made, copy)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Everything in a folder, hidden files too, and what is in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def assert_refused(done: Done, folder: Path, before: Mapping[str, bytes | None], *words: str) -> None:
+    assert done.code == 2, done
+    assert done.err.startswith("error: "), done.err
+    assert done.err.count("\n") == 1, done.err
+    assert done.err.endswith("\n")
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    for word in words:
+        assert word in done.err, (word, done.err)
+    assert listing(folder) == before
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def external(change: Setup) -> Setup:
+    def setup(folder: Path) -> None:
+        for name in ("model.onnx", "quantized.onnx"):
+            shutil.copy(folder / "external.onnx", folder / name)
+        change(folder)
+
+    return setup
+
+
+def both(change: Callable[[Path], object]) -> Setup:
+    def setup(folder: Path) -> None:
+        for name in ("model.onnx", "quantized.onnx"):
+            change(folder / name)
+
+    return setup
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+BAD_MODELS: dict[str, tuple[Setup, str]] = {
+    "missing": (both(Path.unlink), "no such file"),
+    "a folder": (both(folder_instead), "no such file"),
+    "empty": (both(lambda path: path.write_bytes(b"")), "not an ONNX model"),
+    "text": (both(lambda path: path.write_text("this is no model\n" * 9)), "not a readable ONNX model"),
+    "noise": (both(lambda path: path.write_bytes(bytes(range(256)) * 9)), "not a readable ONNX model"),
+    "truncated": (both(lambda path: cut(path, path.stat().st_size // 2)), "not a readable ONNX model"),
+    "truncated at the end": (both(lambda path: cut(path, path.stat().st_size - 9)), "ONNX model"),
+    "external data missing": (
+        external(lambda folder: (folder / "external.onnx.data").unlink()),
+        "is stored in external.onnx.data, which is not beside the model",
+    ),
+    "external data truncated": (
+        external(lambda folder: cut(folder / "external.onnx.data", 5000)),
+        "external.onnx.data is cut short",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_MODELS)
+@pytest.mark.parametrize("line", [QUANTIZE, CALIBRATE, COMPARE, ENGINE, "view model.onnx"], ids=lambda x: x.split()[0])
+def test_a_model_that_cannot_be_read(qonnx_: Qonnx, folder: Path, line: str, bad: str) -> None:
+    setup, words = BAD_MODELS[bad]
+    setup(folder)
+    before = listing(folder)
+    assert_refused(qonnx_(line), folder, before, line.split()[1], words)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def saved(change: Callable[[dict[str, Any]], object]) -> Setup:
+    """Changes one batch."""
+
+    def setup(folder: Path) -> None:
+        batch = batches(1)[0]
+        change(batch)
+        np.savez(folder / "calib" / "2.npz", **batch)
+
+    return setup
+
+
+def emptied(folder: Path) -> None:
+    for file in (folder / "calib").iterdir():
+        file.unlink()
+
+
+def text_instead(folder: Path) -> None:
+    emptied(folder)
+    (folder / "calib" / "readme.txt").write_text("no data")
+
+
+def with_value(value: float) -> Setup:
+    return saved(lambda batch: batch["x"].__setitem__((1, 2), value))
+
+
+BAD_DATA: dict[str, tuple[Setup, str]] = {
+    "missing": (lambda folder: shutil.rmtree(folder / "calib"), "calib: no such file or folder"),
+    "empty folder": (emptied, "calib: the folder holds no .npz file"),
+    "folder of text": (text_instead, "calib: the folder holds no .npz file"),
+    "damaged": (lambda folder: cut(folder / "calib" / "2.npz", 100), "2.npz: cannot be read"),
+    "text named npz": (lambda folder: (folder / "calib" / "2.npz").write_text("x"), "2.npz: cannot be read"),
+    "no arrays": (lambda folder: np.savez(folder / "calib" / "2.npz"), "2.npz: input 'x' is missing"),
+    "wrong name": (saved(lambda batch: batch.update(image=batch.pop("x"))), "input 'x' is missing; given ids, image"),
+    "extra name": (saved(lambda batch: batch.update(label=batch["ids"])), "'label' is not an input"),
+    "wrong size": (
+        saved(lambda batch: batch.update(x=batch["x"][:, 1:])),
+        "shape [8, 31], the model takes [batch, 32]",
+    ),
+    "wrong rank": (saved(lambda batch: batch.update(x=batch["x"][0])), "add the batch dimension"),
+    "unequal batches": (saved(lambda batch: batch.update(x=batch["x"][1:])), "for dimension 'batch'"),
+    "integers": (
+        saved(lambda batch: batch.update(x=np.ones((8, 32), np.int32))),
+        "holds int32, the model takes float32",
+    ),
+    "text arrays": (saved(lambda batch: batch.update(x=np.full((8, 32), "a"))), "the model takes float32"),
+    "pickled": (saved(lambda batch: batch.update(x=np.array([{}] * 8, object))), "2.npz: cannot be read"),
+    "no samples": (saved(lambda batch: batch.update(x=batch["x"][:0], ids=batch["ids"][:0])), "is empty"),
+    "NaN": (with_value(np.nan), "holds 1 NaN and 0 infinite values out of 256"),
+    "infinite": (with_value(np.inf), "holds 0 NaN and 1 infinite values out of 256"),
+    "out of bounds": (saved(lambda batch: batch["ids"].__setitem__((0, 0), 99)), "does not run on this batch"),
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "bad"),
+    [
+        pytest.param(line, bad, id=f"{line.split()[0]}: {bad}")
+        for line in (QUANTIZE, CALIBRATE, COMPARE)
+        for bad in BAD_DATA
+        if (line, bad) != (CALIBRATE, "out of bounds")  # no observed tensor depends on these
+    ],
+)
+def test_data_that_do_not_fit(qonnx_: Qonnx, folder: Path, line: str, bad: str) -> None:
+    setup, words = BAD_DATA[bad]
+    setup(folder)
+    before = listing(folder)
+    assert_refused(qonnx_(line), folder, before, words)
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
+
+WRITERS = [
+    "quantize model.onnx --data calib -o",
+    QUANTIZE + " --save-plan",
+    QUANTIZE + " --json",
+    "calibrate model.onnx --data calib -o",
+    COMPARE + " --json",
+    "engine quantized.onnx -o",
+    "export factories:build -o",
+]
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("results", "results: is a folder"),
+        ("nowhere/out", "the folder nowhere does not exist"),
+        ("plan.json/out", "the folder plan.json does not exist"),
+        ("", "is a folder"),
+    ],
+)
+@pytest.mark.parametrize("line", WRITERS)
+def test_an_output_that_cannot_be_written(qonnx_: Qonnx, folder: Path, line: str, output: str, words: str) -> None:
+    (folder / "results").mkdir()
+    before = listing(folder)
+    assert_refused(qonnx_(line, output), folder, before, words)
+
+
+@pytest.mark.parametrize("line", WRITERS)
+def test_a_folder_that_is_read_only(qonnx_: Qonnx, folder: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    before = listing(folder)
+    assert_refused(qonnx_(line, "out"), folder, before, "cannot write here (Permission denied); choose another folder")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "quantize model.onnx --data calib -o model.onnx",
+        "quantize model.onnx --data calib -o ./calib/../model.onnx",
+        QUANTIZE + " --save-plan model.onnx",
+        QUANTIZE + " --save-plan out.onnx",
+        QUANTIZE + " --save-plan out.json --json out.json",
+        QUANTIZE + " --plan plan.json --json plan.json",
+        "quantize model.onnx --data calib/0.npz -o calib/0.npz",
+        "calibrate model.onnx --data calib -o model.onnx",
+        COMPARE + " --json quantized.onnx",
+        "engine quantized.onnx -o quantized.onnx",
+    ],
+)
+def test_an_output_that_is_an_input(qonnx_: Qonnx, folder: Path, line: str) -> None:
+    before = listing(folder)
+    assert_refused(qonnx_(line), folder, before, "would overwrite", "choose another name")
+
+
+@pytest.mark.parametrize("line", [QUANTIZE, CALIBRATE.replace("out.npz", "out.onnx")])
+def test_a_disk_that_is_full(folder: Path, line: str) -> None:
+    (folder / "out.onnx").write_text("what was here before")
+    before = listing(folder)
+    # Files that grow beyond this give an OSError, as on a full disk.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))"
+    done = subprocess_of(line, folder, limit)
+    assert_refused(done, folder, before, "File too large")
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+def written(name: str, text: str) -> Setup:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def nothing(folder: Path) -> None:
+    """No setup."""
+
+
+def other_model(folder: Path) -> None:
+    text = MLP.replace("[fc1]", "[first]").replace("[fc2]", "[second]")
+    ir.save(model_of(text, weights="w b w2 table"), folder / "model.onnx")
+
+
+def wider_model(folder: Path) -> None:
+    """The same names, other sizes."""
+    text = MLP.replace(",64]", ",96]").replace("[64", "[96")
+    ir.save(model_of(text, weights="w b w2 table"), folder / "model.onnx")
+
+
+def edited_plan(**changes: object) -> Setup:
+    def setup(folder: Path) -> None:
+        plan = json.loads((folder / "plan.json").read_text())
+        for key, change in changes.items():
+            plan["activations"][0][key] = change
+        (folder / "plan.json").write_text(json.dumps(plan))
+
+    return setup
+
+
+BAD_SETTINGS: list[tuple[str, Setup, str, str]] = [
+    ("unknown recipe", nothing, "--recipe int9", "unknown recipe 'int9': neither a file nor one of int8"),
+    ("recipe missing", nothing, "--recipe mine.yaml", "unknown recipe 'mine.yaml'"),
+    ("recipe key", written("mine.yaml", "nam: x"), "--recipe mine.yaml", "unknown key `nam`"),
+    ("recipe not YAML", written("mine.yaml", "a: [1"), "--recipe mine.yaml", "not readable as YAML"),
+    ("recipe a list", written("mine.yaml", "- 1"), "--recipe mine.yaml", "expected keys and values"),
+    ("recipe empty", written("mine.yaml", ""), "--recipe mine.yaml", "expected keys and values"),
+    ("recipe a model", nothing, "--recipe model.onnx", "recipe model.onnx: not readable as YAML"),
+    ("recipe a folder", nothing, "--recipe calib", "unknown recipe 'calib'"),
+    ("set without =", nothing, "--set weights", "expected KEY=VALUE"),
+    ("set without key", nothing, "--set =3", "expected KEY=VALUE"),
+    ("set unknown key", nothing, "--set weigths.dtype=int8", "unknown key `weigths`"),
+    ("set unknown value", nothing, "--set weights.dtype=int9", "in weights.dtype"),
+    ("set wrong type", nothing, "--set goal_sqnr_db=high", "in goal_sqnr_db"),
+    ("set below a value", nothing, "--set weights.dtype.bits=4", "dtype holds a value"),
+    ("set unknown kind", nothing, "--set activations.calibrator.kind=magic", "in activations.calibrator"),
+    ("unknown target", nothing, "--target h900", "unknown target 'h900'; choose one of a800"),
+    ("not for the target", nothing, "--set activations.dtype=uint8", "do not run on a800; use int8"),
+    ("plan missing", nothing, "--plan nowhere.json", "plan nowhere.json: cannot be read (No such file or directory)"),
+    ("plan a folder", nothing, "--plan calib", "plan calib: cannot be read (Is a directory)"),
+    ("plan not JSON", nothing, "--plan model.onnx", "plan model.onnx: not a valid plan"),
+    ("plan of another model", other_model, "--plan plan.json", "no node 'fc1'; make the plan again for this model"),
+    ("plan of a wider model", wider_model, "--plan plan.json", "plan"),
+    ("plan with unknown type", edited_plan(dtype="int9"), "--plan plan.json", "not a valid plan"),
+    ("plan and recipe", nothing, "--plan plan.json --recipe int8", "leave out --recipe and --set"),
+    ("no batches", nothing, "--max-batches 0", "'--max-batches'"),
+]
+
+
+@pytest.mark.parametrize(("setup", "options", "words"), [pytest.param(*case[1:], id=case[0]) for case in BAD_SETTINGS])
+def test_settings_that_make_no_sense(qonnx_: Qonnx, folder: Path, setup: Setup, options: str, words: str) -> None:
+    setup(folder)
+    before = listing(folder)
+    assert_refused(qonnx_(f"{QUANTIZE} {options}"), folder, before, words)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("quantise", "No such command 'quantise'"),
+        ("quantize", "Missing argument 'MODEL.onnx'"),
+        ("quantize model.onnx --data calib", "Missing option '-o' / '--output'"),
+        (QUANTIZE + " --bits 4", "No such option: --bits"),
+        (QUANTIZE + " more", "unexpected extra argument(s) (more)"),
+        (QUANTIZE + " --max-batches many", "Invalid value for '--max-batches'"),
+        ("compare model.onnx --data calib", "Missing argument 'QUANTIZED.onnx'"),
+        (CALIBRATE + " --target h900", "unknown target 'h900'"),
+        ("recipes int9", "unknown recipe 'int9'"),
+        (ENGINE + " --target h900", "unknown target 'h900'"),
+        (ENGINE + " --target ort-cpu", "target 'ort-cpu' runs no TensorRT engine"),
+        (ENGINE + " --dim batch=8", "--dim batch=8: give NAME=MIN,USUAL,MAX, such as sequence=1,128,256"),
+        (ENGINE + " --dim batch=1,a,3", "--dim batch=1,a,3: give NAME=MIN,USUAL,MAX"),
+        (ENGINE + " --dim length=1,2,3", "names 'length', which the model does not have; it has 'batch'"),
+        (ENGINE + " --dim batch=9,2,3", "not (smallest, usual, largest) in ascending order"),
+    ],
+)
+def test_command_lines_that_make_no_sense(qonnx_: Qonnx, folder: Path, line: str, words: str) -> None:
+    before = listing(folder)
+    assert_refused(qonnx_(line), folder, before, words)
+
+
+def test_a_model_that_is_quantized_already(qonnx_: Qonnx, folder: Path) -> None:
+    shutil.copy(folder / "quantized.onnx", folder / "model.onnx")
+    before = listing(folder)
+    for line in (QUANTIZE, CALIBRATE):
+        assert_refused(qonnx_(line), folder, before, "quantized already; give the float model that it was made from")
+
+
+def test_models_that_cannot_be_compared(qonnx_: Qonnx, folder: Path) -> None:
+    text = MLP.replace("y = Add", "other = Add").replace("[batch,32] y,", "[batch,32] other,")
+    ir.save(model_of(text, weights="w b w2 table"), folder / "quantized.onnx")
+    before = listing(folder)
+    assert_refused(qonnx_(COMPARE), folder, before, "has no output 'y', it has other, copy; compare like with like")
+
+
+# --- packages that are not installed --------------------------------------------------------------------------------
+
+FACTORY = """
+import torch
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Linear(32, 32), {"input": torch.ones(2, 32)}, {"input": {0: "batch"}}
+def broken():
+    raise ValueError("no weights here")
+"""
+
+# Run before the command: hides a package as if it were not installed.
+HIDE = """
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *more: None if name.partition(".")[0] == {package!r} else find(name, *more)
+"""
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Makes a package look as if it were not installed."""
+    find = PathFinder.find_spec
+
+    def find_spec(name: str, *more: Any) -> Any:
+        return None if name.partition(".")[0] == package else find(name, *more)
+
+    monkeypatch.setattr(PathFinder, "find_spec", find_spec)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == package:
+            monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize(
+    ("package", "line", "words"),
+    [
+        ("onnxruntime", QUANTIZE, "needs ONNX Runtime: pip install 'qonnx-pipeline[cpu]'"),
+        ("onnxruntime", CALIBRATE, "needs ONNX Runtime: pip install 'qonnx-pipeline[cpu]'"),
+        ("onnxruntime", COMPARE, "needs ONNX Runtime: pip install 'qonnx-pipeline[cpu]'"),
+        ("onnxruntime", "export factories:build -o out.onnx", "needs ONNX Runtime: pip install 'qonnx-pipeline[cpu]'"),
+        ("tensorrt_rtx", ENGINE, "pip install 'qonnx-pipeline[rtx]'"),
+        ("netron", "view model.onnx", "pip install 'qonnx-pipeline[view]'"),
+        ("transformers", "export directory -o out.onnx", "pip install 'qonnx-pipeline[hf]'"),
+    ],
+)
+def test_a_package_that_is_not_installed(
+    qonnx_: Qonnx, folder: Path, package: str, line: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "factories.py").write_text(FACTORY)
+    (folder / "directory").mkdir()
+    (folder / "directory" / "config.json").write_text("{}")
+    hide(monkeypatch, package)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    before = listing(folder)
+    assert_refused(qonnx_(line), folder, before, words)
+
+
+@pytest.mark.parametrize(
+    ("package", "line", "words"),
+    [
+        ("onnxruntime", QUANTIZE, "pip install 'qonnx-pipeline[cpu]'"),
+        ("torch", "export factories:build -o out.onnx", "pip install 'qonnx-pipeline[torch]'"),
+    ],
+)
+def test_a_package_that_is_not_installed_in_a_process_of_its_own(
+    folder: Path, package: str, line: str, words: str
+) -> None:
+    before = listing(folder)
+    assert_refused(subprocess_of(line, folder, HIDE.format(package=package)), folder, before, words)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("factories", "is neither a directory nor PACKAGE.MODULE:FACTORY"),
+        ("nowhere:build", "nowhere cannot be imported"),
+        ("factories:made", "factories has no function 'made'"),
+        ("factories:broken", "factories:broken failed: ValueError: no weights here"),
+        ("calib", "calib: no config.json in it"),
+        ("factories:build --opset 26", "opset 26 cannot be exported: choose one from 18 to 25"),
+    ],
+)
+def test_a_source_that_cannot_be_exported(
+    qonnx_: Qonnx, folder: Path, source: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "factories.py").write_text(FACTORY)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.delitem(sys.modules, "factories", raising=False)
+    before = listing(folder)
+    assert_refused(qonnx_(f"export {source} -o out.onnx"), folder, before, words)
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_way(qonnx_: Qonnx, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "factories.py").write_text(FACTORY)
+    monkeypatch.delitem(sys.modules, "factories", raising=False)
+    (folder / "data").mkdir()
+    for number, batch in enumerate(batches(10)):
+        np.savez(folder / "data" / f"{number}.npz", input=batch["x"])
+    assert qonnx_("export factories:build -o linear.onnx") == Done(0, "wrote linear.onnx\n", "")
+    done = qonnx_("export factories:build -o again.onnx --no-verify --opset 20")
+    assert done == Done(0, "wrote again.onnx, not compared with torch\n", "")
+    done = qonnx_("calibrate linear.onnx --data data -o statistics.npz --max-batches 5")
+    assert done == Done(0, "wrote statistics.npz: 1 tensor over 5 batches\n", "")
+    assert Statistics.load("statistics.npz").samples == 40
+    done = qonnx_("quantize linear.onnx --data data -o linear-int8.onnx")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("linear-int8.onnx: ready; outputs keep ")
+    assert done.out.splitlines()[0].endswith(" of the signal), judged on 2 held-back batches")
+    assert done.out.endswith("\nnext: qonnx engine linear-int8.onnx -o linear-int8.plan\n")
+    done = qonnx_("compare linear.onnx linear-int8.onnx --data data --max-batches 3")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[0].endswith("on 3 batches")
+
+
+def test_everything_quantize_writes(qonnx_: Qonnx, folder: Path) -> None:
+    done = qonnx_(QUANTIZE + " --save-plan made.json --json run.json")
+    assert done.code == 0
+    assert (folder / "out.onnx").read_bytes() == (folder / "quantized.onnx").read_bytes()
+    assert (folder / "made.json").read_text() == (folder / "plan.json").read_text()
+    run = json.loads((folder / "run.json").read_text())
+    assert run["output"] == "out.onnx"
+    assert run["comparison"]["outputs"][0]["sqnr_db"] > 16
+    assert run["comparison"]["outputs"][0]["agreement"] is None
+    assert run["plan"] == json.loads((folder / "plan.json").read_text())
+    assert set(run["seconds"]) >= {"prepare", "calibrate"}
+    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
+    done = qonnx_("quantize model.onnx --data calib -o same.onnx --plan made.json")
+    assert done.code == 0
+    assert [node.op_type for node in ir.load(folder / "same.onnx").graph] == [
+        node.op_type for node in ir.load(folder / "out.onnx").graph
+    ]
+
+
+def test_settings_reach_the_plan(qonnx_: Qonnx, folder: Path) -> None:
+    recipe = "name: mine\nrules:\n  - match: {name: fc1}\n    skip: true\n"
+    (folder / "mine.yaml").write_text(recipe)
+    options = "--recipe mine.yaml --set activations.calibrator.kind=minmax --set weights.granularity.kind=per_tensor"
+    done = qonnx_(f"{QUANTIZE} --save-plan out.json --target ort-cpu --max-batches 3 {options}")
+    assert done.code == 0
+    plan = QuantPlan.load("out.json")
+    assert (plan.target, plan.recipe) == ("ort-cpu", "mine")
+    assert [layer.node for layer in plan.quantized_layers] == ["fc2"]
+    assert {tensor.source for tensor in plan.activations} == {"minmax"}
+    assert all(len(tensor.scale) == 1 for tensor in plan.weights)
+    assert "made for  ort-cpu with recipe mine\n" in done.out
+    assert "left in float: 1 of 2 layers\n  rule 1 of the recipe\n    fc1 (Gemm)\n" in done.out
+    assert "next:" not in done.out
+
+
+def test_one_file_is_one_batch(qonnx_: Qonnx, folder: Path) -> None:
+    done = qonnx_("quantize model.onnx --data calib/0.npz -o out.onnx")
+    assert done.code == 0
+    verdict, warning, *rest = done.out.splitlines()
+    assert verdict.startswith("out.onnx: check it before use; outputs keep")
+    assert warning == "warning: only one batch was given: the comparison uses the batch that calibration saw"
+    assert rest[-1] == "next: qonnx compare model.onnx out.onnx --data calib/0.npz --layers"
+
+
+def test_a_goal_that_is_missed_is_the_first_thing_said(qonnx_: Qonnx, folder: Path) -> None:
+    done = qonnx_(QUANTIZE + " --set goal_sqnr_db=99")
+    assert done.code == 0
+    verdict, warning, *_ = done.out.splitlines()
+    assert verdict.startswith("out.onnx: check it before use; outputs keep")
+    assert warning.startswith("warning: output y keeps only")
+    assert "what the outputs keep when only this layer is quantized\nSQNR dB\n" in done.out
+
+
+def test_comparison_of_layers(qonnx_: Qonnx, folder: Path) -> None:
+    done = qonnx_(COMPARE + " --layers --json layers.json")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0].startswith("outputs keep")
+    assert lines[0].endswith("of the signal), 100% of integer outputs are equal, on 4 batches")
+    header = lines.index("layers in network order; errors add up on the way") + 1
+    assert lines[header].split() == ["SQNR", "dB", "cosine", "largest", "error"]
+    assert [line.split(maxsplit=3)[3] for line in lines[header + 1 :]] == ["a (Gemm)", "z (MatMul)"]
+    assert len(json.loads((folder / "layers.json").read_text())["layers"]) == 2
+
+
+def test_a_model_compared_with_itself(qonnx_: Qonnx, folder: Path) -> None:
+    done = qonnx_("compare model.onnx model.onnx --data calib")
+    assert done.out.startswith("outputs are the same as in float, 100% of integer outputs are equal, on 4 batches\n")
+
+
+@pytest.mark.rtx
+def test_an_engine(qonnx_: Qonnx, folder: Path) -> None:
+    done = qonnx_(ENGINE + " --dim batch=1,4,8 --layers")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("out.plan: 2 of 2 convolutions and matrix products run on INT8\n")
+    assert "shapes    x 1x32 4x32 8x32\n" in done.out
+    assert "\nkernels in order of execution\nreads" in done.out
+    assert (folder / "out.plan").stat().st_size > 1000
+
+
+def test_a_graph_is_shown(qonnx_: Qonnx, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    netron = types.SimpleNamespace(start=shown.append, wait=lambda: None)
+    monkeypatch.setitem(sys.modules, "netron", netron)
+    assert qonnx_("view model.onnx").code == 0
+    assert shown == ["model.onnx"]
+
+
+def test_recipes_can_be_started_from(qonnx_: Qonnx, folder: Path) -> None:
+    import yaml
+
+    everything = qonnx_("recipes").out
+    assert [document["name"] for document in yaml.safe_load_all(everything)] == [recipe.name for recipe in RECIPES]
+    for recipe in RECIPES:
+        (folder / "mine.yaml").write_text(qonnx_(f"recipes {recipe.name}").out)
+        assert load_recipe("mine.yaml") == recipe
+
+
+def test_what_goes_into_a_pipe_is_neither_coloured_nor_folded(folder: Path) -> None:
+    name = "a_module_with_a_long_name." * 6 + "projection"
+    model = ir.load(folder / "model.onnx")
+    model.graph.node("fc1").name = name
+    ir.save(model, folder / "model.onnx")
+    done = subprocess_of(QUANTIZE + " --set minimum_sqnr_db=99", folder, COLUMNS="40")
+    assert (done.code, done.err) == (0, "")
+    assert "\x1b" not in done.out
+    assert f"    {name} (Gemm)\n" in done.out
+    assert all(line == line.rstrip() for line in done.out.splitlines())
+
+
+def test_a_terminal_shows_progress_and_wraps_between_words(folder: Path) -> None:
+    """In a terminal of 80 columns, colours and a line of progress; the line is gone at the end."""
+    screen = terminal(QUANTIZE + " --set goal_sqnr_db=99", folder)
+    assert "calibrat" in screen
+    assert "\x1b[1;33mout.onnx: check it before use; outputs keep" in screen
+    plain = re.sub(r"\x1b\[[\d;?]*\w", "", screen).replace("\r\n", "\n")
+    result = plain[plain.index("out.onnx: check") :]
+    assert max(map(len, result.splitlines())) <= 80
+    assert "measure the task" in " ".join(result.split())
+
+
+def terminal(line: str, cwd: Path) -> str:
+    """Everything that a command writes to a terminal of 80 columns."""
+    primary, secondary = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80"}
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "CI"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "qonnx", *line.split()]
+    child = subprocess.Popen(command, cwd=cwd, env=environment, stdout=secondary, stderr=secondary, stdin=secondary)
+    os.close(secondary)
+    received = b""
+    with contextlib.suppress(OSError):  # the terminal ends with the process
+        while chunk := os.read(primary, 65536):
+            received += chunk
+    os.close(primary)
+    assert child.wait(timeout=60) == 0, received
+    return received.decode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_stopped_leaves_nothing(folder: Path, number: signal.Signals) -> None:
+    stop = f"""
+import os, qonnx.pipeline
+def observe(*_, **__):
+    os.kill(os.getpid(), {number.value})
+    import time; time.sleep(60)
+qonnx.pipeline.observe = observe
+"""
+    before = listing(folder)
+    done = subprocess_of(QUANTIZE + " --save-plan out.json", folder, stop)
+    assert done == Done(130, "", "stopped\n")
+    assert listing(folder) == before
+
+
+def test_a_command_under_nohup_goes_on_when_the_terminal_is_closed(folder: Path) -> None:
+    start = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    end = "import atexit; atexit.register(lambda: print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN))"
+    assert subprocess_of("--version", folder, f"{start}\n{end}").out.endswith("\nTrue\n")
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+COMMANDS = ["export", "calibrate", "quantize", "compare", "engine", "recipes", "view"]
+
+
+def test_help_lists_the_commands_in_whole_sentences(qonnx_: Qonnx) -> None:
+    done = qonnx_("--help")
+    assert done.code == 0
+    assert qonnx_("") == qonnx_("-h") == done
+    commands = done.out.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in commands] == COMMANDS
+    assert all(line.endswith(".") and not line.endswith("...") for line in commands)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_help(qonnx_: Qonnx, command: str) -> None:
+    done = qonnx_(f"{command} --help")
+    assert (done.code, done.err) == (0, "")
+    _, _, parameters = done.out.partition("\n\nArguments:\n" if "Arguments:" in done.out else "\n\nOptions:\n")
+    for entry in re.split(r"\n  (?=\S)", parameters.replace("\n\nOptions:", "").strip()):
+        assert re.search(r"\S  +[A-Z]", entry) or "\n" in entry, entry
+
+
+def test_help_names_what_there_is(qonnx_: Qonnx) -> None:
+    done = qonnx_("quantize --help")
+    assert all(target.name in done.out for target in TARGETS)
+
+
+def test_version(qonnx_: Qonnx) -> None:
+    done = qonnx_("--version")
+    assert re.fullmatch(r"qonnx \d+\.\d+\.\d+\n", done.out)
+
+
+def test_help_imports_nothing_heavy(folder: Path) -> None:
+    heavy = {"numpy", "onnx_ir", "onnx", "onnxruntime", "torch", "msgspec", "yaml", "netron", "plotly", "rich.text"}
+    before = f"import atexit, sys; atexit.register(lambda: print(sorted({heavy} & set(sys.modules))))"
+    done = subprocess_of("quantize --help", folder, before)
+    assert done.out.splitlines()[-1] == "[]"
