@@ -2,6 +2,7 @@
 
 from typing import TypeAlias
 
+from qonnx.calibrators.auto import Auto
 from qonnx.calibrators.average import Average
 from qonnx.calibrators.ema import MovingAverage
 from qonnx.calibrators.entropy import Entropy
@@ -14,4 +15,4 @@ Calibrator: TypeAlias = MinMax | Average | MovingAverage | Percentile | Entropy 
 # Those that work from the extremes alone. The others need to know how often each value occurred.
 EXTREMES = (MinMax, Average, MovingAverage)
 
-__all__ = ["EXTREMES", "MSE", "Average", "Calibrator", "Entropy", "MinMax", "MovingAverage", "Percentile"]
+__all__ = ["EXTREMES", "MSE", "Auto", "Average", "Calibrator", "Entropy", "MinMax", "MovingAverage", "Percentile"]

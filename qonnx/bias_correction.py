@@ -13,14 +13,14 @@ result is moved to the mean of its float twin before it is passed on: one pass c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qonnx.graph import Names, constant, rank, subgraphs
+from qonnx.graph import Names, is_initializer, rank, subgraphs
 from qonnx.linear import Linear, linear_of
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.placement import Edge
@@ -42,10 +42,10 @@ def correct_biases(model: ir.Model, plan: QuantPlan, batches: Iterable[Mapping[s
         plan: without corrections.
         batches: some calibration batches; a few hundred samples are plenty.
     """
-    edges = {layer.node: edge for layer in _correctable(model, plan) if (edge := _bias_edge(layer)) is not None}
+    edges = bias_edges(model, plan)
     if not edges:
         return plan
-    joint, outputs = _side_by_side(model, plan, edges)
+    joint, outputs, _ = side_by_side(model, plan, edges)
     runner = session(joint)
     seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in outputs}
     for batch in batches:
@@ -61,6 +61,11 @@ def correct_biases(model: ir.Model, plan: QuantPlan, batches: Iterable[Mapping[s
     return msgspec.structs.replace(plan, biases=tuple(biases))
 
 
+def bias_edges(model: ir.Model, plan: QuantPlan) -> dict[ir.Node, Edge]:
+    """The quantized layers that have a bias or can be given one for free, and where they read it."""
+    return {layer.node: edge for layer in _correctable(model, plan) if (edge := _bias_edge(layer)) is not None}
+
+
 def _correctable(model: ir.Model, plan: QuantPlan) -> list[Linear]:
     quantized = {layer.node for layer in plan.quantized_layers}
     found = [linear_of(node) for node in model.graph if node.name in quantized]
@@ -70,8 +75,10 @@ def _correctable(model: ir.Model, plan: QuantPlan) -> list[Linear]:
 def _bias_edge(layer: Linear) -> Edge | None:
     """Where the layer reads its bias, or could without a new node; None where it cannot."""
     node = layer.node
+    if node.op_type == "Gemm" and node.attributes.get_float("beta", 1.0) != 1.0:
+        return None
     if layer.bias_node is not None and layer.bias is not None:
-        if constant(layer.bias) is None or (node.op_type == "Gemm" and node.attributes.get_float("beta", 1.0) != 1.0):
+        if not is_initializer(layer.bias):
             return None
         return Edge(layer.bias_node.name or "", list(layer.bias_node.inputs).index(layer.bias))
     if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
@@ -89,10 +96,23 @@ def _shrunk_mean(samples: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | 
     return np.asarray(np.divide(certain, mean, out=np.zeros_like(mean), where=mean != 0))
 
 
-def _side_by_side(
-    model: ir.Model, plan: QuantPlan, edges: Mapping[ir.Node, Edge]
-) -> tuple[ir.Model, dict[str, ir.Node]]:
-    """One graph that runs both networks, and its outputs: [samples, channels] differences, by the layer they are of."""
+class SideBySide(NamedTuple):
+    """The float and the quantized network in one graph.
+
+    Attributes:
+        model: the graph. Its outputs are the keys of `differences`.
+        differences: outputs [samples, channels], the result of the float layer minus that of the quantized one, each
+            with its layer.
+        twins: for every value of the quantized network, by its name there, the value that stands for it here.
+    """
+
+    model: ir.Model
+    differences: dict[str, ir.Node]
+    twins: dict[str, ir.Value]
+
+
+def side_by_side(model: ir.Model, plan: QuantPlan, edges: Mapping[ir.Node, Edge]) -> SideBySide:
+    """Builds the graph; the result of every layer in `edges` is moved to the mean of its float twin."""
     quantized = model.clone()
     InsertQDQ(plan)(quantized)
     joint = model.clone()
@@ -101,6 +121,8 @@ def _side_by_side(
     float_values = {value.name: value for node in graph for value in node.outputs}
     twins: dict[str, ir.Value] = {value.name or "": value for value in graph.inputs}
     for name, value in quantized.graph.initializers.items():
+        if value.is_graph_input():
+            continue  # a default that the caller may override: both networks get the same
         twin = ir.Value(
             name=names.fresh(f"{name}_twin"), type=value.type, shape=value.shape, const_value=value.const_value
         )
@@ -119,7 +141,7 @@ def _side_by_side(
             difference, corrected = _correct(graph, names, layers[node.name], float_values, twin_node.outputs[0])
             twins[node.outputs[0].name or ""] = corrected
             outputs[difference.name or ""] = layers[node.name]
-    return joint, outputs
+    return SideBySide(joint, outputs, twins)
 
 
 def _twin(node: ir.Node, twins: dict[str, ir.Value], names: Names) -> ir.Node:
@@ -146,6 +168,7 @@ def _correct(
     dimensions = rank(original) or 0
     channel = 1 if layer.op_type in ("Conv", "ConvTranspose") else dimensions - 1
     rest = [axis for axis in range(1, dimensions) if axis != channel]
+    every = [axis for axis in range(dimensions) if axis != channel]
 
     def add(op: str, inputs: list[ir.Value], **attributes: int | list[int]) -> ir.Value:
         node = ir.node(op, inputs, attributes=attributes, name=names.fresh(f"{layer.name}_{op}"))
@@ -166,7 +189,7 @@ def _correct(
     per_sample = mean(full, rest, 0) if rest else add("Identity", [full])
     per_sample.type = ir.TensorType(ir.DataType.FLOAT)
     graph.outputs.append(per_sample)
-    shift = mean(full, [0, *rest], 1)
+    shift = mean(full, every, 1) if every else full
     if original.dtype not in (None, ir.DataType.FLOAT):
         shift = add("Cast", [shift], to=int(original.dtype))
     corrected = add("Add", [value, shift])

@@ -21,16 +21,20 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
+from qonnx.auto_ranges import best_throughout, least_disturbing
 from qonnx.bias_correction import correct_biases
-from qonnx.calibrate import Progress, observe
+from qonnx.calibrators import EXTREMES, Auto
 from qonnx.comparison import Comparison, compare
 from qonnx.data import Batch, HoldOut, batches
 from qonnx.errors import ModelError, OutputError
 from qonnx.graph import all_graphs, first_line, is_float, load, parameters, publish, save, staging
+from qonnx.numerics import Dtype
+from qonnx.observation import Progress, observe
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.prepare import prepare
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, make_plan
+from qonnx.ranges import Range, calibrated
 from qonnx.recipe import Recipe, load_recipe, resolve
 from qonnx.runtime import input_specs
 from qonnx.sensitivity import LayerCost, layer_costs, most_costly
@@ -47,6 +51,9 @@ _SAMPLE_BYTES = 128 * 1024 * 1024
 
 # How many samples single layers are measured on: they are only ranked.
 _COST_SAMPLES = 4
+
+# How many samples the automatic choice of ranges is made on.
+_AUTO_SAMPLES = 8
 
 ModelSource = str | os.PathLike[str] | ir.Model
 Report = Callable[[Progress], None]
@@ -103,8 +110,9 @@ def calibrate(
     """
     prepared, _ = _prepared(model)
     stream = batches(data, input_specs(prepared), max_batches=max_batches)
-    values = candidates(place(prepared, Recipe(), find_target(target)))
-    return observe(prepared, values, stream, progress=progress)
+    placement = place(prepared, Recipe(), find_target(target))
+    counted = [value for value in candidates(placement) if value not in placement.probabilities]
+    return observe(prepared, candidates(placement), stream, distributions=counted, progress=progress)
 
 
 def quantize(
@@ -116,6 +124,7 @@ def quantize(
     target: str = "a800",
     settings: Sequence[str] = (),
     plan: str | os.PathLike[str] | QuantPlan | None = None,
+    statistics: str | os.PathLike[str] | Statistics | None = None,
     max_batches: int | None = None,
     progress: Report | None = None,
 ) -> Result:
@@ -129,6 +138,8 @@ def quantize(
         target: the consumer of the graph, see `qonnx.targets`.
         settings: `key=value` changes to the recipe, such as `activations.calibrator.kind=average`.
         plan: use this plan instead of making one; the data then only serve the comparison.
+        statistics: what `calibrate` measured, as a file or a value; the data then serve the comparison, the bias
+            correction and the choice of `auto`.
         max_batches: use at most this many batches.
         progress: called after every calibration batch.
 
@@ -147,13 +158,18 @@ def quantize(
         clock.lap("prepare")
         held = HoldOut(batches(data, input_specs(prepared), max_batches=max_batches))
         sample: list[Batch] = []
-        values = candidates(place(prepared, chosen, consumer))
         stream = _keeping(held, sample)
-        statistics = observe(prepared, values, stream, progress=progress)
-        deque(stream, maxlen=0)  # with nothing to observe no batch was read, and the comparison needs some
+        if statistics is None:
+            draft = place(prepared, chosen, consumer)
+            needed = not isinstance(chosen.activations.calibrator, EXTREMES)
+            counted = [value for value in candidates(draft) if needed and value not in draft.probabilities]
+            measured = observe(prepared, candidates(draft), stream, distributions=counted, progress=progress)
+        else:
+            measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
+        deque(stream, maxlen=0)  # what was not read yet: the steps below need some of it
         clock.lap("calibrate")
         if given is None:
-            attempt = _best(_Job(model, prepared, statistics, chosen, consumer, sample, held, folder / output.name))
+            attempt = _best(_Job(model, prepared, measured, chosen, consumer, sample, held, folder / output.name))
         else:
             attempt = _attempt(given, prepared, model, held, folder / output.name, chosen, consumer)
         clock.lap("plan, insert and compare")
@@ -199,10 +215,11 @@ class _Attempt:
 
 def _best(job: _Job) -> _Attempt:
     """Plans, inserts and compares; where the goal is missed, leaves the most costly layers in float and tries again."""
+    ranges = _ranges(job)
     leave: dict[str, str] = {}
     costs: tuple[LayerCost, ...] = ()
     while True:
-        plan = make_plan(job.prepared, job.statistics, job.recipe, job.target, leave)
+        plan = make_plan(job.prepared, job.statistics, ranges, job.recipe, job.target, leave)
         if job.recipe.correct_biases:
             plan = correct_biases(job.prepared, plan, job.sample)
         attempt = _attempt(plan, job.prepared, job.model, job.held, job.file, job.recipe, job.target)
@@ -210,7 +227,7 @@ def _best(job: _Job) -> _Attempt:
         if reached >= job.recipe.goal_sqnr_db or job.recipe.goal_sqnr_db <= 0 or not plan.quantized_layers:
             return replace(attempt, costs=costs)
         if not costs:
-            costs = layer_costs(job.prepared, plan, _few_samples(job.prepared, job.sample[0]))
+            costs = layer_costs(job.prepared, plan, _few_samples(job.prepared, job.sample[0], _COST_SAMPLES))
         remaining = [cost for cost in costs if cost.node in {layer.node for layer in plan.quantized_layers}]
         allowed = len(plan.layers) // _LARGEST_SHARE_LEFT - len(leave)
         more = most_costly(remaining, reached, job.recipe.goal_sqnr_db, allowed)
@@ -219,15 +236,44 @@ def _best(job: _Job) -> _Attempt:
         leave |= {cost.node: f"quantized alone, it leaves {cost.sqnr_db:.1f} dB of the output" for cost in more}
 
 
-def _few_samples(model: ir.Model, batch: Batch) -> Batch:
+def _ranges(job: _Job) -> dict[str, Range]:
+    """The range of every candidate tensor, by the recipe's calibrator."""
+    calibrator, dtype = job.recipe.activations.calibrator, job.recipe.activations.dtype
+    grid = Dtype.INT8 if isinstance(dtype, msgspec.UnsetType) else dtype
+    placement, symmetric = place(job.prepared, job.recipe, job.target), job.target.symmetric
+    values = [value for value in candidates(placement) if value not in placement.probabilities]
+    if not isinstance(calibrator, Auto):
+        return calibrated(values, job.statistics, calibrator, grid, symmetric=symmetric)
+    tried = [calibrated(values, job.statistics, each, grid, symmetric=symmetric) for each in calibrator.candidates]
+    batch = _few_samples(job.prepared, job.held.kept[0], _AUTO_SAMPLES)
+    tried.append(
+        least_disturbing(
+            job.prepared,
+            placement,
+            tried,
+            batch,
+            grid,
+            symmetric=symmetric,
+            biases_corrected=job.recipe.correct_biases,
+        )
+    )
+    # All contestants quantize the edges of the first one; which layers no scale can save is decided once more later.
+    first = make_plan(job.prepared, job.statistics, tried[0], job.recipe, job.target)
+    leave = {layer.node: layer.reason for layer in first.float_layers}
+    recipe = msgspec.structs.replace(job.recipe, minimum_sqnr_db=-math.inf)
+    plans = [make_plan(job.prepared, job.statistics, each, recipe, job.target, leave) for each in tried]
+    return tried[best_throughout(job.prepared, plans, batch)]
+
+
+def _few_samples(model: ir.Model, batch: Batch, count: int) -> Batch:
     """The first samples of a batch, where the model takes batches of any size: single layers are measured on few."""
     sizes = {array.shape[0] if array.ndim else 0 for array in batch.values()}
     dynamic = all(
         spec.shape is not None and spec.shape and not isinstance(spec.shape[0], int) for spec in input_specs(model)
     )
-    if not dynamic or len(sizes) != 1 or max(sizes) <= _COST_SAMPLES:
+    if not dynamic or len(sizes) != 1 or max(sizes) <= count:
         return batch
-    return {name: array[:_COST_SAMPLES] for name, array in batch.items()}
+    return {name: array[:count] for name, array in batch.items()}
 
 
 def _attempt(

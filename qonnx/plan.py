@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,6 +21,7 @@ from qonnx.errors import RecipeError
 from qonnx.graph import FLOAT_TYPES, float32
 from qonnx.numerics import Dtype, Granularity, PerAxis, PerTensor, absmax, scale_and_zero_point
 from qonnx.placement import Edge, Placement, place
+from qonnx.ranges import Range
 from qonnx.recipe import PerChannel, Recipe
 from qonnx.statistics import Statistics, TensorStatistics
 from qonnx.targets import Target
@@ -142,66 +144,53 @@ class QuantPlan(msgspec.Struct, frozen=True):
 
 
 def make_plan(
-    model: ir.Model, statistics: Statistics, recipe: Recipe, target: Target, leave: Mapping[str, str] | None = None
+    model: ir.Model,
+    statistics: Statistics,
+    ranges: Mapping[str, Range],
+    recipe: Recipe,
+    target: Target,
+    leave: Mapping[str, str] | None = None,
 ) -> QuantPlan:
-    """Decides everything: where (`qonnx.placement`), and with which scales (the recipe's calibrator).
+    """Decides everything: where (`qonnx.placement`), and with which scales.
 
     Args:
         model: the prepared float model.
         statistics: of the values that `qonnx.placement.candidates` names.
+        ranges: what the calibrator makes of them; outputs of a Softmax reach from 0 to 1 whatever it says.
         recipe: resolved for the target.
         target: the consumer of the quantized graph.
         leave: node names of layers to leave in float, each with the reason.
     """
+    grid = _Grid(_dtype(recipe), target.symmetric)
     draft = place(model, recipe, target, leave)
-    placement = place(model, recipe, target, {**_unfit(draft, statistics, recipe, target), **(leave or {})})
-    activations = _activation_plans(model.graph, placement, statistics, recipe, target)
-    weights = _weight_plans(model.graph, placement, recipe)
+    known = {**ranges, **{value: Range(0.0, 1.0, "softmax") for value in draft.probabilities}}
+    unfit = _unfit(draft, statistics, known, recipe, grid)
+    placement = place(model, recipe, target, {**unfit, **(leave or {})})
     layers = tuple(
         LayerPlan(node=layer.node, op=layer.op, output=layer.output, path=layer.path, reason=layer.reason)
         for layer in placement.layers
     )
-    left = tuple(FloatOperators(op, count, reason) for op, (count, reason) in placement.float_operators.items())
-    return QuantPlan(target.name, recipe.name, activations, weights, layers, left)
+    return QuantPlan(
+        target=target.name,
+        recipe=recipe.name,
+        activations=_activation_plans(model.graph, placement, statistics, known, grid),
+        weights=_weight_plans(model.graph, placement, recipe),
+        layers=layers,
+        float_operators=tuple(FloatOperators(op, *entry) for op, entry in placement.float_operators.items()),
+    )
 
 
-def _unfit(draft: Placement, statistics: Statistics, recipe: Recipe, target: Target) -> dict[str, str]:
-    """Layers that no scale can save: an operand was never observed, is not finite, or would mostly be rounded away."""
-    reasons = {}
-    for layer in draft.layers:
-        if layer.reason:
-            continue
-        for operand in layer.operands:
-            if operand.channel_axis is None:
-                reason = _unfit_activation(operand.value, draft, statistics, recipe, target)
-                if reason:
-                    reasons[layer.node] = reason
-                    break
-    return reasons
+class _Grid(NamedTuple):
+    """The grid of activations."""
 
+    dtype: Dtype
+    symmetric: bool
 
-def _unfit_activation(value: str, placement: Placement, statistics: Statistics, recipe: Recipe, target: Target) -> str:
-    observed = statistics.tensors.get(value)
-    if observed is None or observed.count == 0:
-        return f"its input {value} was not observed in calibration"
-    if not observed.finite:
-        return f"its input {value} is not always finite"
-    low, high, _ = _range(value, placement, observed, recipe, target)
-    sqnr = _rounding_sqnr(observed, low, high, recipe, target)
-    if sqnr < recipe.minimum_sqnr_db:
-        spread = max(-low, high) / max(math.sqrt(observed.mean_square), 1e-30)
-        return f"its input {value} would keep {sqnr:.1f} dB: its largest element is {spread:.0f} times its RMS"
-    return ""
-
-
-def _range(
-    value: str, placement: Placement, observed: TensorStatistics, recipe: Recipe, target: Target
-) -> tuple[float, float, str]:
-    if value in placement.probabilities:
-        return 0.0, 1.0, "softmax"
-    calibrator = recipe.activations.calibrator
-    low, high = calibrator.range(observed, _dtype(recipe), target.symmetric)
-    return float(low), float(high), str(calibrator.__struct_config__.tag)
+    def scale(self, low: float, high: float) -> tuple[npt.NDArray[np.float32], int]:
+        scale, zero_point = scale_and_zero_point(
+            np.float32(low), np.float32(high), self.dtype, symmetric=self.symmetric
+        )
+        return scale, int(zero_point)
 
 
 def _dtype(recipe: Recipe) -> Dtype:
@@ -209,48 +198,84 @@ def _dtype(recipe: Recipe) -> Dtype:
     return Dtype.INT8 if isinstance(dtype, msgspec.UnsetType) else dtype
 
 
-def _rounding_sqnr(observed: TensorStatistics, low: float, high: float, recipe: Recipe, target: Target) -> float:
+def _unfit(
+    draft: Placement, statistics: Statistics, ranges: Mapping[str, Range], recipe: Recipe, grid: _Grid
+) -> dict[str, str]:
+    """Layers that no scale can save: an operand was never observed, is not finite, or would mostly be rounded away."""
+    reasons = {}
+    for layer in draft.layers:
+        if layer.reason:
+            continue
+        for operand in layer.operands:
+            if operand.channel_axis is None:
+                reason = _unfit_activation(operand.value, statistics, ranges, recipe, grid)
+                if reason:
+                    reasons[layer.node] = reason
+                    break
+    return reasons
+
+
+def _unfit_activation(
+    value: str, statistics: Statistics, ranges: Mapping[str, Range], recipe: Recipe, grid: _Grid
+) -> str:
+    observed = statistics.tensors.get(value)
+    if observed is None or observed.count == 0 or value not in ranges:
+        finite = observed is None or observed.finite
+        return (
+            f"its input {value} was not observed in calibration"
+            if finite
+            else f"its input {value} is not always finite"
+        )
+    if not observed.finite:
+        return f"its input {value} is not always finite"
+    low, high, _ = ranges[value]
+    sqnr = _rounding_sqnr(observed, grid.scale(low, high)[0])
+    if sqnr < recipe.minimum_sqnr_db:
+        spread = max(-low, high) / max(math.sqrt(observed.mean_square), 1e-30)
+        return f"its input {value} would keep {sqnr:.1f} dB: its largest element is {spread:.0f} times its RMS"
+    return ""
+
+
+def _rounding_sqnr(observed: TensorStatistics, scale: npt.NDArray[np.float32]) -> float:
     """Signal over rounding noise, taken as uniform over one step: E[x^2] / (step^2 / 12), in dB."""
     if observed.mean_square == 0:
         return math.inf
-    scale, _ = scale_and_zero_point(np.float32(low), np.float32(high), _dtype(recipe), symmetric=target.symmetric)
     return 10 * math.log10(12 * observed.mean_square / float(scale) ** 2)
 
 
 def _activation_plans(
-    graph: ir.Graph, placement: Placement, statistics: Statistics, recipe: Recipe, target: Target
+    graph: ir.Graph,
+    placement: Placement,
+    statistics: Statistics,
+    ranges: Mapping[str, Range],
+    grid: _Grid,
 ) -> tuple[TensorPlan, ...]:
-    ranges = {}
+    tied: dict[str, list[Range]] = {}
     for value in placement.activations:
-        observed = statistics.tensors.get(value)
-        if observed is not None and observed.count and observed.finite:
-            ranges[value] = _range(value, placement, observed, recipe, target)
-    tied: dict[str, list[tuple[float, float, str]]] = {}
-    for value, found in ranges.items():
-        tied.setdefault(placement.ties[value], []).append(found)
+        if value in ranges:
+            tied.setdefault(placement.ties[value], []).append(ranges[value])
     dtypes = {value.name: value.dtype for node in graph for value in (*node.inputs, *node.outputs) if value is not None}
     plans = []
     for value, edges in placement.activations.items():
         if value not in ranges:
             continue
         group = tied[placement.ties[value]]
-        low, high = min(entry[0] for entry in group), max(entry[1] for entry in group)
-        scale, zero = scale_and_zero_point(
-            np.float32(low), np.float32(high), _dtype(recipe), symmetric=target.symmetric
-        )
-        sqnr = _rounding_sqnr(statistics.tensors[value], low, high, recipe, target)
+        low, high = min(entry.low for entry in group), max(entry.high for entry in group)
+        scale, zero_point = grid.scale(low, high)
+        sqnr = _rounding_sqnr(statistics.tensors[value], scale)
+        source = ranges[value].source
         plans.append(
             TensorPlan(
                 value=value,
                 edges=edges,
-                dtype=_dtype(recipe),
+                dtype=grid.dtype,
                 granularity=PerTensor(),
                 scale=_floats(_stored(scale, dtypes[value])),
-                zero_point=(int(zero),) if int(zero) else (),
+                zero_point=(zero_point,) if zero_point else (),
                 low=low,
                 high=high,
                 sqnr_db=round(sqnr, 2) if math.isfinite(sqnr) else None,
-                source=ranges[value][2] if len(group) == 1 else f"{ranges[value][2]}, shared by {len(group)} tensors",
+                source=source if len(group) == 1 else f"{source}, shared by {len(group)} tensors",
             )
         )
     return tuple(plans)

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from qonnx.calibrators import Average, Calibrator, MinMax
+from qonnx.calibrators import Auto, Average, Calibrator, MinMax
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Dtype, PerTensor
 from qonnx.targets import Target
@@ -38,7 +38,7 @@ class Activations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     dtype: Dtype | msgspec.UnsetType = msgspec.UNSET
     granularity: PerTensor = PerTensor()
-    calibrator: Calibrator = Average()
+    calibrator: Calibrator | Auto = Auto()
 
 
 class Match(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,6 +87,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 RECIPES: tuple[Recipe, ...] = (
     Recipe(name="int8"),
     Recipe(name="int8-minmax", activations=Activations(calibrator=MinMax())),
+    Recipe(name="int8-average", activations=Activations(calibrator=Average())),
 )
 
 
@@ -161,6 +162,8 @@ def _apply(document: dict[str, Any], setting: str) -> None:
         document = document.setdefault(parent, {})
         if not isinstance(document, dict):
             raise RecipeError(f"setting {setting!r}: {parent} holds a value, not keys")
+    if last == "kind":
+        document.clear()  # another kind has parameters of its own
     document[last] = yaml.safe_load(text)
 
 

@@ -119,7 +119,7 @@ def test_new_names_extend_the_old_ones_and_avoid_those_that_are_taken() -> None:
     assert all(node.metadata_props["qonnx.pass"] == "InsertQDQ" for node in pair)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int8-minmax"])
+@pytest.mark.parametrize("recipe", ["int8-average", "int8-minmax"])
 def test_zero_points_are_written_in_the_type_and_shape_of_the_scale(recipe: str) -> None:
     model = mlp()
     copy = quantized(model, planned(model, data(), load_recipe(recipe)))

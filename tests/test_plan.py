@@ -7,11 +7,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qonnx.calibrate import observe
+from qonnx.calibrators import Auto
 from qonnx.errors import RecipeError
+from qonnx.numerics import Dtype
+from qonnx.observation import observe
 from qonnx.passes.prepare import prepare
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, make_plan
+from qonnx.ranges import calibrated
 from qonnx.recipe import Recipe, load_recipe, resolve
 from qonnx.targets import target
 from tests.graphs import model_of
@@ -26,9 +29,14 @@ def planned(
     model: ir.Model, batches: list[dict[str, np.ndarray]], recipe: Recipe | None = None, name: str = "a800"
 ) -> QuantPlan:
     prepare(model)
-    chosen = resolve(recipe or Recipe(), target(name))
+    chosen = resolve(recipe or load_recipe("int8-average"), target(name))
     values = candidates(place(model, chosen, target(name)))
-    return make_plan(model, observe(model, values, batches), chosen, target(name))
+    statistics = observe(model, values, batches)
+    calibrator, dtype = chosen.activations.calibrator, chosen.activations.dtype
+    assert not isinstance(calibrator, Auto)
+    assert isinstance(dtype, Dtype)
+    ranges = calibrated(values, statistics, calibrator, dtype, symmetric=target(name).symmetric)
+    return make_plan(model, statistics, ranges, chosen, target(name))
 
 
 def mlp() -> ir.Model:
@@ -58,7 +66,7 @@ def test_scales_are_the_largest_magnitude_over_127() -> None:
 
 def test_the_average_uses_the_mean_of_the_extremes_of_batches() -> None:
     batches = data()
-    plan = planned(mlp(), batches, load_recipe("int8"))
+    plan = planned(mlp(), batches, load_recipe("int8-average"))
     (first,) = [tensor for tensor in plan.activations if tensor.value == "x"]
     high = np.mean([batch["x"].max() for batch in batches])
     low = np.mean([batch["x"].min() for batch in batches])

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qonnx.calibrate import Interrupted, Progress, observe
 from qonnx.errors import DataError, ModelError
+from qonnx.observation import Interrupted, Progress, observe
 from qonnx.sketch import Sketch, sketch
 from qonnx.statistics import Statistics
 

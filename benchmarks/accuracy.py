@@ -1,0 +1,83 @@
+"""What each calibrator makes of each model: task metric and SQNR in static symmetric INT8, every layer on integers.
+
+    python -m benchmarks.accuracy [minilm] [mobilenet] [ocr]
+
+One pass over the calibration data serves all rows. No layer is left in float to rescue the result: the rows show
+the calibrators and nothing else. The last row is what `qonnx quantize` does when it is given no option at all.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+
+from rich.console import Console
+from rich.table import Table
+
+import qonnx
+from qonnx.runtime import session
+
+MODELS = ("mobilenet", "minilm", "ocr")
+BATCHES = 16
+
+# SQNR is measured on batches that neither calibration nor the choice of `auto` saw.
+TEST_BATCHES = slice(BATCHES, BATCHES + 8)
+
+ROWS = {
+    "minmax": ["activations.calibrator.kind=minmax", "correct_biases=false"],
+    "minmax, biases corrected": ["activations.calibrator.kind=minmax"],
+    "average": ["activations.calibrator.kind=average"],
+    "ema": ["activations.calibrator.kind=ema"],
+    "percentile 99.99": ["activations.calibrator={kind: percentile, percentile: 99.99}"],
+    "percentile 99.999": ["activations.calibrator={kind: percentile, percentile: 99.999}"],
+    "entropy": ["activations.calibrator.kind=entropy"],
+    "mse": ["activations.calibrator.kind=mse"],
+    "auto": ["activations.calibrator.kind=auto"],
+}
+EVERY_LAYER = ["goal_sqnr_db=0", "minimum_sqnr_db=-100"]
+
+
+def float_file(name: str, model: ModuleType, folder: Path) -> Path:
+    """The float model as an ONNX file."""
+    if hasattr(model, "onnx_file"):
+        return Path(model.onnx_file())
+    example = model.build()
+    return qonnx.export(example.module, example.args, folder / f"{name}.onnx", dynamic_shapes=example.dynamic_shapes)
+
+
+def measure(name: str, console: Console) -> None:
+    model = importlib.import_module(f"models.{name}")
+    table = Table("calibrator", "metric", "change", "SQNR dB", "on INT8", "seconds", title=name)
+    with tempfile.TemporaryDirectory() as folder:
+        source, output = float_file(name, model, Path(folder)), Path(folder) / "quantized.onnx"
+        reference = model.evaluate(session(source).run)
+        table.add_row("float", f"{reference.value:.2f} % ± {reference.standard_error:.2f}", "", "", "", "")
+        everything = list(model.calibration(batches=TEST_BATCHES.stop))
+        data, test = everything[:BATCHES], everything[TEST_BATCHES]
+        statistics = qonnx.calibrate(source, data)
+        rows = [(row, [*EVERY_LAYER, *settings]) for row, settings in ROWS.items()]
+        for row, settings in itertools.chain(rows, [("no option given", [])]):
+            start = time.perf_counter()
+            result = qonnx.quantize(source, data, output, settings=settings, statistics=statistics)
+            seconds = time.perf_counter() - start
+            value = model.evaluate(session(output).run).value
+            ratios = [entry.sqnr_db for entry in qonnx.compare(source, output, test).outputs]
+            table.add_row(
+                row,
+                f"{value:.2f} %",
+                f"{value - reference.value:+.2f}",
+                ", ".join(f"{ratio:.1f}" for ratio in ratios),
+                f"{len(result.plan.quantized_layers)} of {len(result.plan.layers)}",
+                f"{seconds:.0f}",
+            )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or MODELS:
+        measure(chosen, Console(highlight=False, width=110))

@@ -1,0 +1,206 @@
+"""The one call: what it writes, what it says, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import qonnx
+from qonnx.errors import ModelError, OutputError, QonnxError
+from qonnx.graph import load, save
+from qonnx.runtime import Session, session
+from tests.graphs import model_of
+
+MLP = (
+    "g (float[n,32] x, float[32,64] w, float[64] b, float[64,32] w2, float[32] b2) => (float[n,32] y) "
+    "{ [fc1] a = Gemm(x, w, b) r = Relu(a) [fc2] m = MatMul(r, w2) y = Add(m, b2) }"
+)
+
+
+def data(count: int = 10, rows: int = 64, seed: int = 0) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    return [{"x": rng.standard_normal((rows, 32)).astype(np.float32)} for _ in range(count)]
+
+
+@pytest.fixture
+def float_file(tmp_path: Path) -> Path:
+    save(model_of(MLP, weights="w b w2 b2", scale=0.2), tmp_path / "model.onnx")
+    return tmp_path / "model.onnx"
+
+
+def test_writes_a_valid_file_and_says_how_good_it_is(float_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "quantized.onnx"
+    result = qonnx.quantize(float_file, data(), output)
+    onnx.checker.check_model(str(output), full_check=True)
+    assert [layer.node for layer in result.plan.quantized_layers] == ["fc1", "fc2"]
+    assert result.held_out == 2
+    (difference,) = result.comparison.outputs
+    assert difference.sqnr_db > 30
+    assert result.quantized_bytes < 0.4 * result.float_bytes
+    assert not result.warnings
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "quantized.onnx"]
+
+
+def test_the_comparison_is_about_the_written_file(float_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "quantized.onnx"
+    result = qonnx.quantize(float_file, data(), output)
+    held = [data()[1], data()[9]]
+    again = qonnx.compare(float_file, output, held)
+    assert again.outputs == result.comparison.outputs
+
+
+def test_biases_take_up_the_shift_of_the_mean(float_file: Path, tmp_path: Path) -> None:
+    off = qonnx.quantize(float_file, data(), tmp_path / "off.onnx", settings=["correct_biases=false"])
+    on = qonnx.quantize(float_file, data(), tmp_path / "on.onnx")
+    assert not off.plan.biases
+    assert {bias.node for bias in on.plan.biases} == {"fc1", "fc2"}
+    mean = [np.abs(_mean_error(float_file, Path(result.output))).mean() for result in (off, on)]
+    assert mean[1] < mean[0]
+
+
+def _mean_error(reference: Path, candidate: Path) -> np.ndarray:
+    batches = data(8, seed=1)
+    outputs = [
+        [np.concatenate([_y(runner, batch) for batch in batches])] for runner in map(session, (reference, candidate))
+    ]
+    return np.asarray((outputs[0][0] - outputs[1][0]).mean(axis=0))
+
+
+def _y(runner: Session, batch: dict[str, np.ndarray]) -> np.ndarray:
+    return runner.run(batch)["y"]
+
+
+def test_a_file_tells_how_it_was_made(float_file: Path, tmp_path: Path) -> None:
+    qonnx.quantize(float_file, data(), tmp_path / "quantized.onnx")
+    model = load(tmp_path / "quantized.onnx")
+    assert json.loads(model.metadata_props["qonnx.recipe"])["name"] == "int8"
+    assert model.metadata_props["qonnx.target"] == "a800"
+    assert model.metadata_props["qonnx.calibration_data"]
+    assert model.producer_name == "qonnx"
+
+
+def test_the_same_inputs_give_the_same_bytes(float_file: Path, tmp_path: Path) -> None:
+    for name in ("one.onnx", "two.onnx"):
+        qonnx.quantize(float_file, data(), tmp_path / name)
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+
+
+def test_a_plan_that_is_fed_back_gives_the_same_file(float_file: Path, tmp_path: Path) -> None:
+    result = qonnx.quantize(float_file, data(), tmp_path / "one.onnx")
+    result.plan.save(tmp_path / "plan.json")
+    qonnx.quantize(float_file, data(), tmp_path / "two.onnx", plan=tmp_path / "plan.json")
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
+
+
+def test_external_data_in_and_out(tmp_path: Path) -> None:
+    save(model_of(MLP, weights="w b w2 b2", scale=0.2), tmp_path / "model.onnx", external_data_bytes=100)
+    assert (tmp_path / "model.onnx.data").is_file()
+    qonnx.quantize(tmp_path / "model.onnx", data(), tmp_path / "quantized.onnx")
+    assert session(tmp_path / "quantized.onnx").run(data()[0])["y"].shape == (64, 32)
+
+
+OUTLIER = (
+    "g (float[n,32] x, float[32] k, float[32,64] w, float[64] b, float[64,32] w2, float[32,32] w3, float[32,32] w4) "
+    "=> (float[n,32] y) "
+    "{ s = Mul(x, k) [good] a = Gemm(s, w, b) r = Relu(a) [fine] m = MatMul(r, w2) [bad] z = MatMul(m, w3)"
+    " [last] y = MatMul(z, w4) }"
+)
+
+
+def spoiled_model() -> ir.Model:
+    """One feature drowns the other 31, and nothing but those 31 reaches the output."""
+    model = model_of(OUTLIER, weights="k w b w2 w3 w4", scale=0.2)
+
+    def change(name: str, index: Any, value: float) -> None:
+        stored = model.graph.initializers[name]
+        assert stored.const_value is not None
+        array = stored.const_value.numpy().copy()
+        array[index] = value
+        stored.const_value = ir.Tensor(array, name=name)
+
+    change("w2", (slice(None), 3), 500.0)
+    change("w3", (3, slice(None)), 0.0)
+    return model
+
+
+def test_the_layer_to_blame_stays_in_float_and_the_rest_keeps_the_output(tmp_path: Path) -> None:
+    result = qonnx.quantize(spoiled_model(), data(), tmp_path / "quantized.onnx")
+    assert [layer.node for layer in result.plan.float_layers] == ["bad"]
+    assert "quantized alone" in result.plan.float_layers[0].reason
+    assert result.comparison.outputs[0].sqnr_db > 17
+    assert not result.warnings
+
+
+def test_without_the_fallback_it_warns_and_names_the_layer(tmp_path: Path) -> None:
+    settings = ["goal_sqnr_db=0", "minimum_sqnr_db=-100"]
+    silent = qonnx.quantize(spoiled_model(), data(), tmp_path / "quantized.onnx", settings=settings)
+    assert silent.comparison.outputs[0].sqnr_db < 5
+    unreachable = qonnx.quantize(
+        spoiled_model(), data(), tmp_path / "quantized.onnx", settings=["goal_sqnr_db=90", "minimum_sqnr_db=-100"]
+    )
+    assert any("measure the task" in warning for warning in unreachable.warnings)
+    assert unreachable.costs[0].node == "bad"
+    assert len(unreachable.plan.float_layers) <= len(unreachable.plan.layers) // 4
+
+
+def test_a_graph_with_nothing_to_quantize_is_written_and_says_so(tmp_path: Path) -> None:
+    model = model_of("g (float[n,32] x) => (float[n,32] y) { y = Sigmoid(x) }")
+    result = qonnx.quantize(model, data(), tmp_path / "same.onnx")
+    assert any("no layer was quantized" in warning for warning in result.warnings)
+    assert np.isfinite(session(tmp_path / "same.onnx").run(data()[0])["y"]).all()
+
+
+def test_a_single_batch_serves_for_both_and_it_says_so(float_file: Path, tmp_path: Path) -> None:
+    result = qonnx.quantize(float_file, data(1), tmp_path / "quantized.onnx")
+    assert result.held_out == 0
+    assert any("only one batch" in warning for warning in result.warnings)
+
+
+def test_a_model_in_memory_is_not_changed(tmp_path: Path) -> None:
+    model = model_of(MLP, weights="w b w2 b2", scale=0.2)
+    before = ir.to_onnx_text(model)
+    qonnx.quantize(model, data(), tmp_path / "quantized.onnx")
+    assert ir.to_onnx_text(model) == before
+
+
+def test_refuses_to_overwrite_the_float_model(float_file: Path) -> None:
+    with pytest.raises(OutputError, match="would overwrite the float model"):
+        qonnx.quantize(float_file, data(), float_file)
+
+
+def test_refuses_a_quantized_model(float_file: Path, tmp_path: Path) -> None:
+    qonnx.quantize(float_file, data(), tmp_path / "quantized.onnx")
+    with pytest.raises(ModelError, match="quantized already"):
+        qonnx.quantize(tmp_path / "quantized.onnx", data(), tmp_path / "twice.onnx")
+
+
+def test_a_failure_half_way_leaves_nothing_behind(float_file: Path, tmp_path: Path) -> None:
+    batches = data()
+    batches[5]["x"][0, 0] = np.nan
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(QonnxError):
+        qonnx.quantize(float_file, batches, tmp_path / "quantized.onnx")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("target", ["a800", "ort-cpu"])
+def test_optimizations_off_and_on_agree(float_file: Path, tmp_path: Path, target: str) -> None:
+    output = tmp_path / "quantized.onnx"
+    qonnx.quantize(float_file, data(), output, target=target)
+    plain, fused = (session(output, optimize=optimize).run(data()[0])["y"] for optimize in (False, True))
+    assert np.abs(plain - fused).max() < 0.02 * np.abs(plain).max()
+
+
+def test_the_public_names_are_functions_however_they_are_reached() -> None:
+    import qonnx.comparison
+    import qonnx.exporter
+
+    for name in ("export", "calibrate", "quantize", "compare", "build_engine"):
+        assert callable(getattr(qonnx, name))
+        assert callable(getattr(qonnx, name))
+    assert sorted(qonnx.__all__) == list(qonnx.__all__)
+    assert set(dir(qonnx)) == set(qonnx.__all__)
