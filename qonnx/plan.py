@@ -121,7 +121,7 @@ class QuantPlan(msgspec.Struct, frozen=True):
         """JSON with one tensor, layer or kind of operator a line."""
         fields = []
         for name, value in msgspec.to_builtins(self).items():
-            if isinstance(value, list):
+            if isinstance(value, list | tuple):
                 lines = ",\n".join("    " + _compact(entry) for entry in value)
                 fields.append(f'  "{name}": [\n{lines}\n  ]' if value else f'  "{name}": []')
             else:
