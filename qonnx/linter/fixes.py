@@ -1,0 +1,162 @@
+"""The smaller repairs, and which repair goes with which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from qonnx.linter.edit import Editor, Outcome, Repairer, stem_of, stored
+from qonnx.linter.findings import Repair
+from qonnx.linter.grid import regrid, to_float
+from qonnx.linter.moves import move_behind
+from qonnx.linter.retype import retype
+from qonnx.linter.view import (
+    Array,
+    Quantizer,
+    dequantizer_of,
+    is_constant,
+    is_op,
+    parameter,
+    quantizer_of,
+    readers,
+    same_parameters,
+)
+from qonnx.numerics import Dtype, quantize
+
+_DTYPES = {dtype.onnx: dtype for dtype in Dtype}
+
+
+def broadcast_zero_point(editor: Editor, node: ir.Node) -> Outcome | None:
+    """E5: one zero point for many scales is repeated."""
+    quantizer = quantizer_of(node)
+    if quantizer is None or quantizer.scales is None or quantizer.zero_point is None:
+        return None
+    zero = quantizer.zero_points
+    if zero is None or zero.size != 1 or quantizer.scales.size == 1:
+        return None
+    repeated = np.broadcast_to(zero.reshape(()), quantizer.scales.shape).copy()
+    editor.set_input(node, 2, editor.array(f"{stem_of(quantizer)}_zero_point", repeated))
+    return Outcome(f"zero point repeated {quantizer.scales.size} times", True)
+
+
+def bias_repair(quantizer: Quantizer) -> Repair:
+    """Whether the bias that this DequantizeLinear reads can be stored in float."""
+    return Repair.EXACT if _is_stored(quantizer) else Repair.NONE
+
+
+def float_bias(editor: Editor, node: ir.Node) -> Outcome | None:
+    """E7: a bias in int32 becomes the float bias that it stands for."""
+    quantizer = quantizer_of(node)
+    if quantizer is None or bias_repair(quantizer) is Repair.NONE:
+        return None
+    to_float(editor, quantizer)
+    return Outcome("bias stored in float", True)
+
+
+def float_operands_repair(node: ir.Node) -> Repair:
+    """Whether all quantized inputs of this node are constants."""
+    found = [dequantizer for value in node.inputs if (dequantizer := dequantizer_of(value)) is not None]
+    return Repair.EXACT if found and all(_is_stored(dequantizer) for dequantizer in found) else Repair.NONE
+
+
+def float_operands(editor: Editor, node: ir.Node) -> Outcome | None:
+    """W9: scale and bias of a normalization become the float constants that they stand for."""
+    if float_operands_repair(node) is Repair.NONE:
+        return None
+    for value in tuple(node.inputs):
+        dequantizer = dequantizer_of(value)
+        if dequantizer is not None:
+            to_float(editor, dequantizer)
+    return Outcome("constants stored in float", True)
+
+
+def _is_stored(quantizer: Quantizer) -> bool:
+    """Whether the DequantizeLinear reads a constant, with parameters that are known."""
+    scales, zeros = quantizer.scales, quantizer.zero_points
+    known = is_constant(quantizer.data) and scales is not None and zeros is not None and scales.size == zeros.size
+    return known and not quantizer.output.is_graph_output() and "output_dtype" not in quantizer.node.attributes
+
+
+def repeated_repair(quantizer: Quantizer) -> Repair:
+    """Whether this QuantizeLinear only writes codes that exist already."""
+    before = dequantizer_of(quantizer.data)
+    if before is None or not quantizer.quantizes or not same_parameters(before, quantizer):
+        return Repair.NONE
+    return Repair.NONE if quantizer.output.is_graph_output() else Repair.EXACT
+
+
+def drop_repeated(editor: Editor, node: ir.Node) -> Outcome | None:
+    """W5: codes that are dequantized and quantized again with the same parameters are read directly."""
+    quantizer = quantizer_of(node)
+    before = dequantizer_of(quantizer.data) if quantizer is not None else None
+    if quantizer is None or before is None or repeated_repair(quantizer) is Repair.NONE:
+        return None
+    editor.replace(quantizer.output, before.codes)
+    return Outcome("read the codes that were there before", True)
+
+
+def stored_float_repair(quantizer: Quantizer) -> Repair:
+    """Whether the codes of a constant that this QuantizeLinear reads can be stored instead."""
+    return Repair.NONE if _folded_reader(quantizer) is None else Repair.EXACT
+
+
+def fold_quantize(editor: Editor, node: ir.Node) -> Outcome | None:
+    """W12: stores the codes of a constant instead of its float values, with what a Clip does to them."""
+    quantizer = quantizer_of(node)
+    found = _folded_reader(quantizer) if quantizer is not None else None
+    if quantizer is None or found is None:
+        return None
+    written, low, high = found
+    dtype, tensor = _DTYPES[quantizer.dtype or ir.DataType.INT8], stored(quantizer.data)
+    scale, zero, granularity = quantizer.parameters
+
+    def make() -> Array:
+        codes = quantize(tensor.numpy(), scale, zero, dtype, granularity)
+        return codes if low is None or high is None else np.clip(codes, low, high)
+
+    codes = editor.lazy(f"{quantizer.data.name}_quantized", ir.Shape(tensor.shape.numpy()), dtype.onnx, make)
+    editor.replace(written, codes)
+    return Outcome(f"stored as {dtype}", True)
+
+
+def _folded_reader(quantizer: Quantizer) -> tuple[ir.Value, Array | None, Array | None] | None:
+    """The value that the stored codes shall replace, and the bounds of the Clip that makes it."""
+    known = quantizer.quantizes and is_constant(quantizer.data) and quantizer.dtype in _DTYPES
+    if not known or quantizer.scales is None or quantizer.zero_points is None:
+        return None
+    if quantizer.scales.size != quantizer.zero_points.size or not bool((quantizer.scales > 0).all()):
+        return None
+    written = quantizer.output
+    bounds: tuple[Array, Array] | tuple[None, None] = (None, None)
+    following = readers(written)
+    if len(following) == 1 and is_op(following[0], frozenset({"Clip"})) and not written.is_graph_output():
+        found = clip_bounds(following[0])
+        if found is None:
+            return None
+        written, bounds = following[0].outputs[0], found
+    only = all(usage.idx == 0 and dequantizer_of(usage.node.outputs[0]) for usage in written.uses())
+    return None if written.is_graph_output() or not only else (written, *bounds)
+
+
+def clip_bounds(node: ir.Node) -> tuple[Array, Array] | None:
+    """The bounds of a Clip that has both as constants."""
+    bounds = [parameter(value) if value is not None else None for value in node.inputs[1:3]]
+    if len(bounds) < 2 or bounds[0] is None or bounds[1] is None:
+        return None
+    return bounds[0], bounds[1]
+
+
+REPAIRS: Mapping[str, Repairer] = {
+    "E1": regrid,
+    "E2": regrid,
+    "E3": regrid,
+    "E5": broadcast_zero_point,
+    "E7": float_bias,
+    "E8": move_behind,
+    "E10": retype,
+    "W5": drop_repeated,
+    "W9": float_operands,
+    "W12": fold_quantize,
+}
