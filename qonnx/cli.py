@@ -47,7 +47,8 @@ TargetName = Annotated[
     typer.Option(
         "--target",
         metavar="NAME",
-        help="What will run the graph: a800 (TensorRT on A800 and A100) or ort-cpu (ONNX Runtime).",
+        help="What will run the graph: ort-cpu for ONNX Runtime; for TensorRT a800, a100, h100, h800, h200, h20, l40s, "
+        "l20, l4, t4, rtx3090, rtx4090 or orin.",
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the whole result as JSON.")]
@@ -173,6 +174,10 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="Follow this plan instead of making one; the data then only judge it."),
     ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What `qonnx calibrate` measured, instead of measuring again."),
+    ] = None,
     save_plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the plan, which lists every decision, as JSON.")
     ] = None,
@@ -190,7 +195,8 @@ def quantize(
 
     if plan is not None and (recipe is not None or set_):
         raise RecipeError(f"plan {plan}: decides what a recipe would; leave out --recipe and --set")
-    _check_distinct([model, data, *([plan] if plan else [])], output, save_plan, json)
+    read = [path for path in (model, data, plan, statistics) if path is not None]
+    _check_distinct(read, output, save_plan, json)
     with (
         _writing(save_plan) as write_plan,
         _writing(json) as write_json,
@@ -204,6 +210,7 @@ def quantize(
             target=target,
             settings=set_ or (),
             plan=plan,
+            statistics=statistics,
             max_batches=max_batches,
             progress=progress,
         )
@@ -213,7 +220,7 @@ def quantize(
     if result.warnings:
         _next("compare", model, output, "--data", data, "--layers")
     elif find_target(target).compute_capability:
-        _next("engine", output, "-o", output.with_suffix(".plan"))
+        _next("engine", output, "-o", output.with_suffix(".plan"), "--target", target)
 
 
 @app.command()

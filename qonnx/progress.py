@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qonnx.calibrate import Progress
+    from qonnx.observation import Progress
 
 
 @contextlib.contextmanager

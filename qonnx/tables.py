@@ -156,16 +156,21 @@ def _left_in_float(plan: QuantPlan) -> list[Text]:
     return lines
 
 
-def _by_reason(layers: Iterable[LayerPlan]) -> list[Text]:
+def _by_reason(layers: Sequence[LayerPlan]) -> list[Text]:
     """Each reason once, with the layers that it keeps in float."""
     groups: dict[str, list[str]] = {}
     for layer in layers:
         groups.setdefault(layer.reason, []).append(f"{layer.path or layer.node} ({layer.op})")
-    lines = []
-    room = _ROWS
+    lines: list[Text] = []
+    said = 0
     for reason, names in groups.items():
-        lines += [Text(f"  {reason}"), *_named(names, max(room, 1), "    ")]
-        room -= len(names)
+        if said >= _ROWS:
+            return [*lines, Text(f"  ... and {len(layers) - said} more: --save-plan lists them all")]
+        if len(names) == 1:
+            lines.append(Text(f"  {names[0]}: {reason}"))
+        else:
+            lines += [Text(f"  {reason}"), *_named(names, _ROWS - said, "    ")]
+        said += len(names)
     return lines
 
 
