@@ -28,6 +28,7 @@ from qonnx.numerics import Blocked, Dtype
 from qonnx.placement import Edge
 from qonnx.plan import QuantPlan
 from qonnx.sizes import at_sizes, elements, resolve_dims
+from qonnx.targets import INT4_WEIGHTS_FROM
 from qonnx.traffic import Kernel, kernels, moves_before
 from qonnx.work import FLOAT_BITS, Bound, Work, block_count, packed_bytes
 
@@ -101,6 +102,11 @@ class Roofline(msgspec.Struct, frozen=True):
         """Operations of all products; twice the multiply-accumulates."""
         return sum(layer.work[Variant.FP16].flop for layer in self.layers)
 
+    @property
+    def has_plan(self) -> bool:
+        """Whether a plan was given."""
+        return any(Variant.PLAN in layer.work for layer in self.layers)
+
     def seconds(self, variant: Variant) -> float:
         """The least time of one run: kernel after kernel, nothing between them."""
         products = sum(layer.work[variant].seconds(self.device) for layer in self.layers)
@@ -160,7 +166,7 @@ def roofline(
     )
     for fmt in {work.format for layer in layers for work in layer.work.values()}:
         gpu.peak(fmt)  # raises where the device lacks what the plan wants
-    return Roofline(gpu, sizes, layers, _others(counted, works), tuple(_notes(sized, found, flop)))
+    return Roofline(gpu, sizes, layers, _others(counted, works), tuple(_notes(sized, gpu, found, flop)))
 
 
 def unprofitable(roofline: Roofline, threshold: float = 0.05) -> dict[str, str]:
@@ -362,7 +368,11 @@ def _check_plan(plan: QuantPlan, model: ir.Model) -> None:
             raise RecipeError(f"the plan is for another model: it has no node {layer.node!r}; make a plan for this one")
 
 
-def _notes(model: ir.Model, found: Iterable[Kernel], flop: Mapping[Kernel, int | None]) -> Iterable[str]:
+def _notes(
+    model: ir.Model, device: Device, found: Iterable[Kernel], flop: Mapping[Kernel, int | None]
+) -> Iterable[str]:
+    if device.compute_capability < INT4_WEIGHTS_FROM:
+        yield f"TensorRT does not run weights in INT4 on {device.sm}: that variant is hypothetical"
     unsized = [kernel.node.name for kernel, count in flop.items() if count is None]
     if unsized:
         yield f"{len(unsized)} layers are left out, such as {unsized[0]!r}: their sizes depend on the data"

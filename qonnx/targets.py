@@ -40,7 +40,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 # The compute capabilities from which on TensorRT has FP8 products, and INT4 weights in products of float.
 _FP8_FROM = (8, 9)
-_INT4_WEIGHTS_FROM = (8, 0)
+INT4_WEIGHTS_FROM = (8, 0)
 
 
 def _tensorrt(name: str, chips: str) -> Target:
@@ -53,7 +53,7 @@ def _tensorrt(name: str, chips: str) -> Target:
         device=gpu,
         activations=integers_or_fp8,
         weights=integers_or_fp8,
-        weight_only=(Dtype.INT4,) if gpu.compute_capability >= _INT4_WEIGHTS_FROM else (),
+        weight_only=(Dtype.INT4,) if gpu.compute_capability >= INT4_WEIGHTS_FROM else (),
         symmetric=True,
         quantize_outputs=False,
     )

@@ -347,6 +347,14 @@ def test_bodies_and_recurrences_are_noted() -> None:
     assert others(result)["LSTM"] >= 2 * (4 * 8 + 2 * 32 * 8)
 
 
+def test_int4_where_nothing_runs_it_is_said_to_be_hypothetical() -> None:
+    model = prepared(CONVOLUTIONS)
+    assert roofline(model, "t4").notes == (
+        "TensorRT does not run weights in INT4 on sm_75: that variant is hypothetical",
+    )
+    assert roofline(model, "orin").notes == ()
+
+
 def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     text = (
         "g (float[4] x) => (float[4] y) { s = Constant<value=float {0.1}>() z = Constant<value=int8 {0}>()"
@@ -406,6 +414,26 @@ def test_an_edge_before_a_move_is_the_same_edge() -> None:
     dims = {"n": 2, "length": 32}
     expected = roofline(model, A800, dims=dims, plan=plan)
     assert roofline(model, A800, dims=dims, plan=early).layers == expected.layers
+
+
+def test_an_edge_before_a_concat_is_another_edge() -> None:
+    model = prepared(
+        "g (float[1,16,8,8] x, float[1,16,8,8] z, float[8,32,1,1] p) => (float[1,8,8,8] y)"
+        "{ [join] c = Concat<axis=1>(x, z) [it] y = Conv(c, p) }"
+    )
+    half = TensorPlan("x", (Edge("join", 0),), Dtype.INT8, PerTensor(), (1.0,))
+    plan = QuantPlan("a800", "int8", (half,), (), ())
+    work = layer(roofline(model, A800, plan=plan), "it").work
+    assert work[PLAN] == work[FP16]
+
+
+@pytest.mark.parametrize("kind", ["activations", "weights"])
+def test_integers_are_multiplied_only_when_both_sides_are_integers(kind: str) -> None:
+    model = prepared(CONVOLUTIONS)
+    plan = msgspec.structs.replace(planned(model), **{kind: ()})
+    for entry in roofline(model, A800, plan=plan).layers:
+        assert entry.work[PLAN].format is Format.FP16
+        assert entry.work[PLAN].bytes < entry.work[FP16].bytes or entry.node == "conv"
 
 
 def test_fp8_counts_as_fp8_and_is_refused_without_it() -> None:
