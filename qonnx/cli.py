@@ -133,18 +133,45 @@ def calibrate(
         Path, typer.Option("-o", "--output", metavar="FILE", help="The statistics to write (.npz).", show_default=False)
     ],
     target: TargetName = "a800",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also write ranges as a calibration cache, for TensorRT up to 10 without QDQ."
+        ),
+    ] = None,
+    tensorrt_version: Annotated[
+        str, typer.Option(metavar="X.Y.Z", help="The TensorRT that will read the cache; others ignore it.")
+    ] = "10.16.1",
+    calibrator: Annotated[
+        str, typer.Option(metavar="KIND", help="Of the cache: minmax, average, ema, percentile, entropy or mse.")
+    ] = "entropy",
     max_batches: MaxBatches = None,
 ) -> None:
     """Measure the tensors of a model over calibration data."""
+    from qonnx.calibrators import Auto
+    from qonnx.engine.calibration_cache import dumps, magnitudes, version_number
     from qonnx.pipeline import calibrate as run
+    from qonnx.recipe import load_recipe
     from qonnx.tables import count
 
-    _check_distinct([model], output)
-    with _writing(output), calibrating(batch_count(data, max_batches)) as progress:
+    version_number(tensorrt_version)
+    chosen = load_recipe("int8", [f"activations.calibrator.kind={calibrator}"]).activations.calibrator
+    if isinstance(chosen, Auto):
+        raise RecipeError("--calibrator auto: chooses by running layers; name one calibrator for the cache")
+    _check_distinct([model, data], output, cache)
+    with (
+        _writing(output),
+        _writing(cache) as write_cache,
+        calibrating(batch_count(data, max_batches)) as progress,
+    ):
         statistics = run(model, data, target=target, max_batches=max_batches, progress=progress)
+        text = dumps(magnitudes(statistics, chosen), tensorrt_version) if cache else ""
         statistics.save(output)
+        write_cache(text)
     tensors, batches = count(len(statistics.tensors), "tensor"), count(statistics.batches, "batch")
     typer.echo(f"wrote {output}: {tensors} over {batches}")
+    if cache:
+        typer.echo(f"wrote {cache}: ranges by {calibrator}, for TensorRT {tensorrt_version}")
 
 
 @app.command()

@@ -1,12 +1,17 @@
+import dataclasses
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qonnx.engine.calibration_cache import Algorithm, dumps, loads, read, read_ranges, version_number, write
+from qonnx.calibrators import Average, MinMax, Percentile
+from qonnx.engine.calibration_cache import Algorithm, dumps, loads, magnitudes, read, read_ranges, version_number, write
 from qonnx.errors import DataError, OutputError, TargetError
+from qonnx.sketch import sketch
+from qonnx.statistics import Statistics, TensorStatistics, from_batch
 
 NAMES = ["input", "x:0", "a: b", "(Unnamed Layer* 64) [Shuffle]_output", "größe", "deep/block.0/Relu_output_0"]
 
@@ -108,3 +113,19 @@ def test_missing(tmp_path: Path) -> None:
         read(tmp_path / "absent.cache")
     with pytest.raises(OutputError, match="does not exist"):
         write(tmp_path / "absent" / "calibration.cache", {})
+
+
+def test_magnitudes() -> None:
+    x = np.arange(-1000, 501, dtype=np.float32)
+
+    def tensor(distribution: bool, low: float = -1000.0) -> TensorStatistics:
+        measured = from_batch(x.size, low, 500.0, float(np.square(x).sum()))
+        return dataclasses.replace(measured, sketch=sketch(x) if distribution else None)
+
+    statistics = Statistics({"b": tensor(False), "a": tensor(True), "infinite": tensor(True, low=-np.inf)})
+    assert magnitudes(statistics, MinMax()) == {"b": 1000.0, "a": 1000.0}
+    assert magnitudes(statistics, Average()) == {"b": 1000.0, "a": 1000.0}
+    clipped = magnitudes(statistics, Percentile(80.0))
+    assert list(clipped) == ["b", "a"]
+    assert clipped["b"] == 1000.0
+    assert clipped["a"] == pytest.approx(np.sort(np.abs(x))[int(np.ceil(0.8 * x.size)) - 1], rel=1e-3)

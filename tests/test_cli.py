@@ -274,6 +274,7 @@ WRITERS = [
     QUANTIZE + " --save-plan",
     QUANTIZE + " --json",
     "calibrate model.onnx --data calib -o",
+    CALIBRATE + " --cache",
     COMPARE + " --json",
     "engine quantized.onnx -o",
     "export factories:build -o",
@@ -317,6 +318,8 @@ def test_a_folder_that_is_read_only(qonnx_: Qonnx, folder: Path, line: str, monk
         QUANTIZE + " --plan plan.json --json plan.json",
         "quantize model.onnx --data calib/0.npz -o calib/0.npz",
         "calibrate model.onnx --data calib -o model.onnx",
+        CALIBRATE + " --cache out.npz",
+        CALIBRATE + " --cache model.onnx",
         COMPARE + " --json quantized.onnx",
         "engine quantized.onnx -o quantized.onnx",
     ],
@@ -415,6 +418,10 @@ def test_settings_that_make_no_sense(qonnx_: Qonnx, folder: Path, setup: Setup, 
         (QUANTIZE + " --max-batches many", "Invalid value for '--max-batches'"),
         ("compare model.onnx --data calib", "Missing argument 'QUANTIZED.onnx'"),
         (CALIBRATE + " --target h900", "unknown target 'h900'"),
+        (CALIBRATE + " --cache c --tensorrt-version 11.0.0", "TensorRT 11.0.0 reads no calibration cache"),
+        (CALIBRATE + " --cache c --tensorrt-version new", "TensorRT version 'new'"),
+        (CALIBRATE + " --cache c --calibrator auto", "name one calibrator for the cache"),
+        (CALIBRATE + " --cache c --calibrator kl", "kl"),
         (QUANTIZE + " --statistics calib/0.npz", "calib/0.npz: not a file of statistics; `qonnx calibrate` writes one"),
         (QUANTIZE + " --statistics nowhere.npz", "nowhere.npz: no such file; `qonnx calibrate` writes one"),
         ("recipes int9", "unknown recipe 'int9'"),
@@ -551,6 +558,10 @@ def test_the_whole_way(qonnx_: Qonnx, folder: Path, monkeypatch: pytest.MonkeyPa
     done = qonnx_("calibrate linear.onnx --data data -o statistics.npz --max-batches 5")
     assert done == Done(0, "wrote statistics.npz: 1 tensor over 5 batches\n", "")
     assert Statistics.load("statistics.npz").samples == 40
+    options = "--cache c.cache --tensorrt-version 8.6.1 --calibrator minmax"
+    done = qonnx_(f"calibrate linear.onnx --data data -o s.npz {options}")
+    assert done.out.endswith("\nwrote c.cache: ranges by minmax, for TensorRT 8.6.1\n")
+    assert Path("c.cache").read_text().startswith("TRT-8601-EntropyCalibration2\ninput: ")
     done = qonnx_("quantize linear.onnx --data data -o linear-int8.onnx")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("linear-int8.onnx: ready; outputs keep ")

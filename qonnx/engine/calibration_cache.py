@@ -20,9 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
+from qonnx.calibrators import EXTREMES, Calibrator, MinMax
 from qonnx.errors import DataError, OutputError, TargetError
 from qonnx.graph import publish, staging
-from qonnx.ranges import Range
+from qonnx.numerics import Dtype
+from qonnx.ranges import Range, calibrated
+from qonnx.statistics import Statistics
 
 # The largest code of symmetric int8.
 _LEVELS = 127
@@ -102,6 +105,20 @@ def read_ranges(path: str | os.PathLike[str]) -> dict[str, Range]:
         DataError: the file is missing, or is not a calibration cache.
     """
     return {name: Range(-amax, amax, "calibration cache") for name, amax in read(path).items()}
+
+
+def magnitudes(statistics: Statistics, calibrator: Calibrator) -> dict[str, float]:
+    """What `write` takes, by one calibrator; by min-max where only the extremes were measured.
+
+    Values that were NaN or infinite, or never seen, have no range and are left out.
+    """
+    extremes_only = {name for name, tensor in statistics.tensors.items() if tensor.sketch is None}
+    if isinstance(calibrator, EXTREMES):
+        extremes_only = set()
+    others = [name for name in statistics.tensors if name not in extremes_only]
+    ranges = calibrated(others, statistics, calibrator, Dtype.INT8, symmetric=True)
+    ranges |= calibrated(extremes_only, statistics, MinMax(), Dtype.INT8, symmetric=True)
+    return {name: ranges[name].high for name in statistics.tensors if name in ranges}
 
 
 def dumps(amax: Mapping[str, float], version: str = "10.16.1", algorithm: Algorithm = Algorithm.ENTROPY_2) -> str:
