@@ -9,6 +9,7 @@ from qonnx.calibrators.entropy import Entropy
 from qonnx.calibrators.minmax import MinMax
 from qonnx.calibrators.mse import MSE
 from qonnx.calibrators.percentile import Percentile
+from qonnx.errors import RecipeError
 
 
 class Auto(msgspec.Struct, frozen=True, tag_field="kind", tag="auto", forbid_unknown_fields=True):
@@ -31,3 +32,7 @@ class Auto(msgspec.Struct, frozen=True, tag_field="kind", tag="auto", forbid_unk
         Entropy(),
         MSE(),
     )
+
+    def __post_init__(self) -> None:
+        if not self.candidates:
+            raise RecipeError("calibrator auto: candidates is empty; name at least one calibrator, or leave it out")

@@ -12,6 +12,7 @@ are 0: without one QuantizeLinear means uint8.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +42,7 @@ class InsertQDQ(ir.passes.InPlacePass):
         graph, names = model.graph, Names(model)
         nodes = {node.name: node for node in graph if node.name}
         for tensor in (*self.plan.activations, *self.plan.weights):
-            for edge in tensor.edges:
-                _check_edge(nodes, edge, tensor.value)
+            _check_tensor(nodes, tensor)
         for tensor in self.plan.weights:
             _insert_weight(graph, names, nodes, tensor)
         for tensor in self.plan.activations:
@@ -52,11 +52,40 @@ class InsertQDQ(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(self.plan.activations or self.plan.weights))
 
 
+def _check_tensor(nodes: dict[str, ir.Node], tensor: TensorPlan) -> None:
+    """Plans are edited by hand: what does not make sense is refused before anything is written."""
+    where = f"plan: tensor {tensor.value!r}"
+    if not tensor.edges:
+        raise RecipeError(f"{where} has no edges: name the inputs that read it, or drop it")
+    for edge in tensor.edges:
+        _check_edge(nodes, edge, tensor.value)
+    read = nodes[tensor.edges[0].node].inputs[tensor.edges[0].input]
+    sizes = None if read is None or read.shape is None else list(read.shape)
+    match tensor.granularity:
+        case PerTensor():
+            count: int | None = 1
+        case PerAxis(axis=axis):
+            if sizes is not None and not -len(sizes) <= axis < len(sizes):
+                raise RecipeError(f"{where} has {len(sizes)} axes, so none of number {axis}")
+            size = None if sizes is None else sizes[axis]
+            count = size if isinstance(size, int) else None
+        case Blocked():
+            count = None
+    if not tensor.scale or (count is not None and len(tensor.scale) != count):
+        raise RecipeError(f"{where} has {len(tensor.scale)} scales; its granularity needs {count or 'at least one'}")
+    if not all(math.isfinite(scale) and scale > 0 for scale in tensor.scale):
+        raise RecipeError(f"{where} has a scale that is not positive and finite")
+    if tensor.zero_point and len(tensor.zero_point) != len(tensor.scale):
+        raise RecipeError(f"{where} has {len(tensor.zero_point)} zero points for {len(tensor.scale)} scales")
+    if not all(tensor.dtype.minimum <= zero <= tensor.dtype.maximum for zero in tensor.zero_point):
+        raise RecipeError(f"{where} has a zero point that {tensor.dtype} cannot hold")
+
+
 def _check_edge(nodes: dict[str, ir.Node], edge: Edge, value: str) -> None:
     node = nodes.get(edge.node)
     if node is None:
         raise RecipeError(f"plan: the model has no node {edge.node!r}; make the plan again for this model")
-    read = node.inputs[edge.input] if edge.input < len(node.inputs) else None
+    read = node.inputs[edge.input] if 0 <= edge.input < len(node.inputs) else None
     if read is None or read.name != value:
         found = "nothing" if read is None else repr(read.name)
         raise RecipeError(
@@ -132,14 +161,13 @@ def _shift_bias(graph: ir.Graph, names: Names, nodes: dict[str, ir.Node], plan: 
         node.resize_inputs(max(len(node.inputs), index + 1))
     else:
         stored = constant(bias)
-        if stored is None or stored.size not in (1, shift.size):
+        if stored is None or (stored.ndim and stored.shape[-1] not in (1, shift.size)):
             raise RecipeError(f"plan: input {index} of node {node.name!r} is no bias of {shift.size} channels")
         dtype, stem = bias.dtype or ir.DataType.FLOAT, bias.name or f"{node.name}_bias"
-        corrected = float32(stored).reshape(-1) + shift
-        corrected = corrected.reshape(stored.shape) if stored.size == shift.size else corrected
+        corrected = float32(stored) + shift
     tensor = ir.Tensor(corrected.astype(dtype.numpy()), dtype=dtype)
     node.replace_input_with(index, _initializer(graph, names, f"{stem}_corrected", tensor))
-    if bias is not None and bias.is_initializer() and not bias.uses() and bias.name:
+    if bias is not None and bias.is_initializer() and not bias.uses() and not bias.is_graph_output() and bias.name:
         del graph.initializers[bias.name]
 
 

@@ -222,6 +222,9 @@ def best_throughout(
     model: ir.Model,
     plans: Sequence[QuantPlan],
     batch: Mapping[str, npt.NDArray[Any]],
+    *,
+    usual: int = 0,
+    margin_db: float = 0.0,
 ) -> int:
     """Which of several plans keeps the outputs best, measured on one batch with biases corrected.
 
@@ -229,9 +232,11 @@ def best_throughout(
         model: the prepared float model; it is not changed.
         plans: without bias corrections; they quantize the same edges and differ in the scales of activations only.
         batch: inputs to measure on.
+        usual: the index of the plan that is taken when no other is better by more than `margin_db`.
+        margin_db: see `usual`.
 
     Returns:
-        The index of the best plan; 0 when no output can be compared.
+        The index of the plan; `usual` when no output can be compared.
     """
     both = side_by_side(model, plans[0], bias_edges(model, plans[0]))
     graph = both.model.graph
@@ -244,7 +249,7 @@ def best_throughout(
             graph.outputs.extend([original, twin])
             pairs.append((original.name or "", twin.name or ""))
     if not pairs:
-        return 0
+        return usual
     fed = _feed_scales(model, plans[0], both)
     runner = session(both.model)
     worst = []
@@ -257,7 +262,8 @@ def best_throughout(
         results = runner.run({**batch, **scales})
         ratios = [difference(name, results[name], results[twin]).sqnr_db for name, twin in pairs]
         worst.append(min((ratio for ratio in ratios if not np.isnan(ratio)), default=-np.inf))
-    return int(np.argmax(worst))
+    best = int(np.argmax(worst))
+    return best if worst[best] > worst[usual] + margin_db else usual
 
 
 def _feed_scales(model: ir.Model, plan: QuantPlan, both: SideBySide) -> dict[str, tuple[str, str, np.dtype[Any]]]:

@@ -47,14 +47,14 @@ def correct_biases(model: ir.Model, plan: QuantPlan, batches: Iterable[Mapping[s
         return plan
     joint, outputs, _ = side_by_side(model, plan, edges)
     runner = session(joint)
-    seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in outputs}
+    seen = {name: _Moments() for name in outputs}
     for batch in batches:
         results = runner.run(batch)
         for name in outputs:
-            seen[name].append(results[name].reshape(-1, results[name].shape[-1]))
+            seen[name].add(results[name].reshape(-1, results[name].shape[-1]))
     biases = []
     for name, node in outputs.items():
-        shift = _shrunk_mean(np.concatenate(seen[name]).astype(np.float64)) if seen[name] else None
+        shift = seen[name].shrunk_mean()
         if shift is not None and shift.any():
             values = tuple(float(str(value)) for value in shift.astype(np.float32))
             biases.append(BiasPlan(node.name or "", edges[node], values))
@@ -86,14 +86,27 @@ def _bias_edge(layer: Linear) -> Edge | None:
     return None
 
 
-def _shrunk_mean(samples: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
-    """Mean over samples [samples, channels], times max(0, 1 - (its standard error / it)^2); None with one sample."""
-    if len(samples) < 2 or not np.isfinite(samples).all():
-        return None
-    mean = samples.mean(axis=0)
-    squared_error = samples.var(axis=0, ddof=1) / len(samples)
-    certain = np.maximum(0.0, mean**2 - squared_error)
-    return np.asarray(np.divide(certain, mean, out=np.zeros_like(mean), where=mean != 0))
+class _Moments:
+    """Count, sum and sum of squares of samples per channel: what is kept of [samples, channels] arrays."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sum: npt.NDArray[np.float64] = np.zeros(1)
+        self._squares: npt.NDArray[np.float64] = np.zeros(1)
+
+    def add(self, samples: npt.NDArray[Any]) -> None:
+        self._count += len(samples)
+        self._sum = self._sum + samples.sum(axis=0, dtype=np.float64)
+        self._squares = self._squares + np.einsum("ij,ij->j", samples, samples, dtype=np.float64)
+
+    def shrunk_mean(self) -> npt.NDArray[np.float64] | None:
+        """The mean times max(0, 1 - (its standard error / it)^2); None with one sample, or when not all are finite."""
+        if self._count < 2 or not (np.isfinite(self._sum).all() and np.isfinite(self._squares).all()):
+            return None
+        mean = self._sum / self._count
+        variance = np.maximum(0.0, self._squares - self._count * mean**2) / (self._count - 1)
+        certain = np.maximum(0.0, mean**2 - variance / self._count)
+        return np.asarray(np.divide(certain, mean, out=np.zeros_like(mean), where=mean != 0))
 
 
 class SideBySide(NamedTuple):

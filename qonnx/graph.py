@@ -171,8 +171,6 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external_data_bytes: 
     with staging(path) as folder:
         ir.save(model if external else _with_weights_inside(model), folder / path.name, external_data=external)
         publish(folder, path.parent)
-    if external is None:
-        path.with_name(path.name + ".data").unlink(missing_ok=True)
 
 
 def _with_weights_inside(model: ir.Model) -> ir.Model:

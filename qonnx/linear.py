@@ -94,8 +94,9 @@ def linears(graph: ir.Graph) -> Iterator[Linear]:
 def linear_of(node: ir.Node) -> Linear | None:
     """The linear view of a node, or None where it has no constant floating-point weight.
 
-    A weight is only recognised when nothing but this operator reads what its path of Transpose, Cast and Identity
-    makes: quantizing it then changes this operator alone.
+    What a path of Transpose, Cast and Identity makes of a weight may have several readers when all of them are the
+    same operator and use it in the same way (layers that share their weights): quantizing the stored weight changes
+    them all, and nothing else.
     """
     if node.domain not in ("", "ai.onnx") or node.op_type not in LINEAR_OPS:
         return None
@@ -110,7 +111,8 @@ def linear_of(node: ir.Node) -> Linear | None:
         if axes is None or not is_float(weight):
             return None
         stored = [_through(path, axis, rank(weight) or 0) for axis in axes]
-        bias, bias_node = _bias(node, _dimension(weight, stored[0]))
+        # Behind W x, a vector is added along the axis of x, not along the output channels.
+        bias, bias_node = _bias(node, _dimension(weight, stored[0])) if weight_index == 1 else (None, None)
         groups = node.attributes.get_int("group", 1) if node.op_type in ("Conv", "ConvTranspose") else 1
         return Linear(node, data, data_index, weight, weight_index, path, stored[0], stored[1], groups, bias, bias_node)
     return None
@@ -119,16 +121,31 @@ def linear_of(node: ir.Node) -> Linear | None:
 def _stored_weight(node: ir.Node, index: int) -> tuple[ir.Value, tuple[ir.Node, ...]] | None:
     if index >= len(node.inputs):
         return None
-    value, path = node.inputs[index], []
+    value = node.inputs[index]
+    path: list[ir.Node] = []
     while value is not None and not is_initializer(value):
         producer = value.producer()
         if producer is None or producer.op_type not in _WEIGHT_PATH_OPS or producer.domain not in ("", "ai.onnx"):
             return None
-        if len(value.uses()) != 1 or value.is_graph_output():
+        if value.is_graph_output() or not all(
+            _same_use(node, index, path, usage.node, usage.idx) for usage in value.uses()
+        ):
             return None
         path.append(producer)
         value = producer.inputs[0]
     return None if value is None else (value, tuple(reversed(path)))
+
+
+def _same_use(node: ir.Node, index: int, path: list[ir.Node], reader: ir.Node, position: int) -> bool:
+    """Whether a reader of a value on a weight's path is the path itself, or multiplies by the value as `node` does."""
+    if path:
+        return reader is path[-1]
+    same = (reader.domain, reader.op_type, position) == (node.domain, node.op_type, index)
+    return same and reader.graph is node.graph and _transposed(reader) == _transposed(node)
+
+
+def _transposed(node: ir.Node) -> int:
+    return node.attributes.get_int("transB", 0)
 
 
 def _axes(node: ir.Node, weight_index: int, weight_rank: int | None) -> tuple[int, int] | None:
@@ -140,7 +157,7 @@ def _axes(node: ir.Node, weight_index: int, weight_rank: int | None) -> tuple[in
     if node.op_type == "ConvTranspose":
         return (1, 0) if weight_rank >= 3 else None
     if node.op_type == "Gemm":
-        return (0, 1) if node.attributes.get_int("transB", 0) else (1, 0)
+        return (0, 1) if _transposed(node) else (1, 0)
     if weight_rank < 2:
         return None
     columns, rows = weight_rank - 1, weight_rank - 2
@@ -165,6 +182,8 @@ def _bias(node: ir.Node, channels: int) -> tuple[ir.Value | None, ir.Node | None
     if len(uses) != 1 or output.is_graph_output() or uses[0].node.op_type != "Add":
         return None, None
     add = uses[0].node
+    if add.graph is not node.graph:
+        return None, None
     bias = add.inputs[1 - uses[0].idx]
     array = constant(bias) if bias is not None and bias.shape is not None and bias.shape.rank() <= 1 else None
     return (bias, add) if array is not None and array.size in (1, channels) else (None, None)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qonnx.errors import RecipeError
-from qonnx.graph import FLOAT_TYPES, float32
+from qonnx.graph import FLOAT_TYPES, float32, publish, staging
 from qonnx.numerics import Dtype, Granularity, PerAxis, PerTensor, absmax, scale_and_zero_point
 from qonnx.placement import Edge, Placement, place
 from qonnx.ranges import Range
@@ -27,7 +27,7 @@ from qonnx.statistics import Statistics, TensorStatistics
 from qonnx.targets import Target
 
 
-class TensorPlan(msgspec.Struct, frozen=True, omit_defaults=True):
+class TensorPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """How one tensor is quantized on some of its edges.
 
     Attributes:
@@ -39,7 +39,7 @@ class TensorPlan(msgspec.Struct, frozen=True, omit_defaults=True):
         zero_point: as many as there are scales, or empty when all are 0.
         low: the smallest value the grid was made for; for a weight 0.
         high: the largest value the grid was made for; for a weight 0.
-        sqnr_db: estimated signal-to-noise ratio after rounding, or None for a weight.
+        sqnr_db: signal over rounding noise, estimated; what the range cuts off is not in it. None for a weight.
         source: where the range comes from.
     """
 
@@ -55,7 +55,7 @@ class TensorPlan(msgspec.Struct, frozen=True, omit_defaults=True):
     source: str = ""
 
 
-class BiasPlan(msgspec.Struct, frozen=True):
+class BiasPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is added to the bias of a layer so that quantization leaves the mean of its result alone.
 
     Attributes:
@@ -69,7 +69,7 @@ class BiasPlan(msgspec.Struct, frozen=True):
     shift: tuple[float, ...]
 
 
-class LayerPlan(msgspec.Struct, frozen=True, omit_defaults=True):
+class LayerPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A matrix product or convolution, and why it stays in float if it does."""
 
     node: str
@@ -84,7 +84,7 @@ class LayerPlan(msgspec.Struct, frozen=True, omit_defaults=True):
         return not self.reason
 
 
-class FloatOperators(msgspec.Struct, frozen=True):
+class FloatOperators(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All operators of one kind that stay in float."""
 
     op: str
@@ -92,7 +92,7 @@ class FloatOperators(msgspec.Struct, frozen=True):
     reason: str
 
 
-class QuantPlan(msgspec.Struct, frozen=True):
+class QuantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The decisions for one model, target and recipe."""
 
     target: str
@@ -114,8 +114,14 @@ class QuantPlan(msgspec.Struct, frozen=True):
         return tuple(layer for layer in self.layers if not layer.quantized)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Writes the plan as JSON; the file appears whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with staging(path) as folder:
+            (folder / Path(path).name).write_text(self.to_json(), encoding="utf-8")
+            publish(folder, Path(path).parent)
 
     def to_json(self) -> str:
         """JSON with one tensor, layer or kind of operator a line."""
@@ -262,7 +268,8 @@ def _activation_plans(
         group = tied[placement.ties[value]]
         low, high = min(entry.low for entry in group), max(entry.high for entry in group)
         scale, zero_point = grid.scale(low, high)
-        sqnr = _rounding_sqnr(statistics.tensors[value], scale)
+        observed = statistics.tensors.get(value)
+        sqnr = math.inf if observed is None else _rounding_sqnr(observed, scale)
         source = ranges[value].source
         plans.append(
             TensorPlan(
@@ -279,6 +286,25 @@ def _activation_plans(
             )
         )
     return tuple(plans)
+
+
+def without_left_layers(plan: QuantPlan) -> QuantPlan:
+    """The plan without the edges of layers that carry a reason to stay in float: a reason written by hand counts."""
+    left = {layer.node for layer in plan.float_layers}
+
+    def kept(tensors: tuple[TensorPlan, ...]) -> tuple[TensorPlan, ...]:
+        thinned = [
+            msgspec.structs.replace(tensor, edges=tuple(edge for edge in tensor.edges if edge.node not in left))
+            for tensor in tensors
+        ]
+        return tuple(new for new, old in zip(thinned, tensors, strict=True) if new.edges or not old.edges)
+
+    return msgspec.structs.replace(
+        plan,
+        activations=kept(plan.activations),
+        weights=kept(plan.weights),
+        biases=tuple(bias for bias in plan.biases if bias.node not in left),
+    )
 
 
 def _weight_plans(graph: ir.Graph, placement: Placement, recipe: Recipe) -> tuple[TensorPlan, ...]:

@@ -164,7 +164,10 @@ def _apply(document: dict[str, Any], setting: str) -> None:
             raise RecipeError(f"setting {setting!r}: {parent} holds a value, not keys")
     if last == "kind":
         document.clear()  # another kind has parameters of its own
-    document[last] = yaml.safe_load(text)
+    try:
+        document[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"setting {setting!r}: the value is not readable as YAML") from error
 
 
 def _check(role: str, dtype: Dtype, allowed: tuple[Dtype, ...], target: Target) -> None:

@@ -18,11 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qonnx.attention import MOVES
 from qonnx.comparison import difference
-from qonnx.graph import Names
+from qonnx.graph import Names, constant
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.plan import QuantPlan
 from qonnx.runtime import session
+
+# On the way from the place where a value is quantized to the layer that needs it.
+_LEADS_TO_LAYER = MOVES | {"Cast", "Concat", "DequantizeLinear", "MaxPool", "QuantizeLinear"}
 
 
 class LayerCost(msgspec.Struct, frozen=True):
@@ -87,14 +91,20 @@ def _with_switches(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, str]:
         shape=ir.Shape([len(plan.quantized_layers)]),
     )
     graph.inputs.append(switches)
-    layer_index = _layer_of_edges(graph, plan)
+    layer_of = _layer_of_nodes(graph, plan)
     for edge in sorted(edges):
         node, original = nodes[edge.node], before[edge]
+        quantized = node.inputs[edge.input]
+        if quantized is None:
+            continue
         if original is None:
-            continue  # a bias that the float layer does not have: its correction alone does not change the ranking
-        where = _switch(graph, names, switches, layer_index.get(edge.node), node.inputs[edge.input], original)
-        graph.insert_before(node, where)
-        node.replace_input_with(edge.input, where[-1].outputs[0])
+            original = _zeros(graph, names, quantized)
+        chosen = original
+        if edge.node in layer_of:
+            switch = _switch(graph, names, switches, layer_of[edge.node], quantized, original)
+            graph.insert_before(node, switch)
+            chosen = switch[-1].outputs[0]
+        node.replace_input_with(edge.input, chosen)
     return switched, switches.name or ""
 
 
@@ -102,41 +112,49 @@ def _read(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def _layer_of_edges(graph: ir.Graph, plan: QuantPlan) -> dict[str, int]:
-    """Which layer a node's quantized inputs are counted for; a node on the path of a weight counts for its layer."""
+def _layer_of_nodes(graph: ir.Graph, plan: QuantPlan) -> dict[str, int]:
+    """Which quantized layer is the reason why inputs of a node are quantized, by the name of the node.
+
+    Edges that do not end at a layer end on the way to one (the path of a weight, pools, concatenations), or behind one
+    (skip connections, biases, what reads the result of a convolution or of an attention).
+    """
     index = {layer.node: number for number, layer in enumerate(plan.quantized_layers)}
-    for node in reversed(list(graph)):
-        if node.name not in index and node.op_type in ("Transpose", "Cast", "Identity", "Add", "Concat", "MaxPool"):
-            readers = [usage.node.name for output in node.outputs for usage in output.uses()]
-            known = [index[name] for name in readers if name in index]
-            if known and node.name:
-                index[node.name] = known[0]
+    nodes = [node for node in graph if node.name]
+    for node in reversed(nodes):
+        if node.name not in index and node.op_type in _LEADS_TO_LAYER:
+            behind = [index[reader.name] for reader in node.successors() if reader.name in index]
+            index.update({node.name or "": behind[0]} if behind else {})
+    for node in nodes:
+        if node.name not in index:
+            before = [index[maker.name] for maker in node.predecessors() if maker.name in index]
+            index.update({node.name or "": max(before)} if before else {})
     return index
 
 
 def _switch(
-    graph: ir.Graph,
-    names: Names,
-    switches: ir.Value,
-    layer: int | None,
-    quantized: ir.Value | None,
-    original: ir.Value | None,
+    graph: ir.Graph, names: Names, switches: ir.Value, layer: int, quantized: ir.Value, original: ir.Value
 ) -> list[ir.Node]:
-    """The nodes that choose between the quantized and the float value; without a layer, always the float one."""
-    if layer is None:
-        return [ir.node("Identity", [original], name=names.fresh("float_edge"))]
-    number = ir.Value(
-        name=names.fresh(f"layer_{layer}"),
-        type=ir.TensorType(ir.DataType.INT64),
-        shape=ir.Shape([]),
-        const_value=ir.tensor(np.array(layer, np.int64)),
-    )
-    graph.register_initializer(number)
+    """The nodes that choose between the quantized and the float value."""
+    number = _constant(graph, names.fresh(f"layer_{layer}"), np.array(layer, np.int64))
     gather = ir.node("Gather", [switches, number], name=names.fresh("switch"))
     gather.outputs[0].name = names.fresh("switch_value")
     where = ir.node("Where", [gather.outputs[0], quantized, original], name=names.fresh("switch_edge"))
     where.outputs[0].name = names.fresh("switched")
     return [gather, where]
+
+
+def _zeros(graph: ir.Graph, names: Names, like: ir.Value) -> ir.Value:
+    """The bias of a layer that has none."""
+    array = constant(like)
+    assert array is not None  # a bias is an initializer
+    return _constant(graph, names.fresh("no_bias"), np.zeros_like(array))
+
+
+def _constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def most_costly(costs: Sequence[LayerCost], reached_db: float, goal_db: float, at_most: int) -> tuple[LayerCost, ...]:

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
 import qonnx
-from qonnx.errors import ModelError, OutputError, QonnxError
+from qonnx.errors import DataError, ModelError, OutputError, QonnxError, TargetError
 from qonnx.graph import load, save
 from qonnx.runtime import Session, session
 from tests.graphs import model_of
@@ -48,7 +49,7 @@ def test_writes_a_valid_file_and_says_how_good_it_is(float_file: Path, tmp_path:
 def test_the_comparison_is_about_the_written_file(float_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "quantized.onnx"
     result = qonnx.quantize(float_file, data(), output)
-    held = [data()[1], data()[9]]
+    held = [data()[5], data()[9]]
     again = qonnx.compare(float_file, output, held)
     assert again.outputs == result.comparison.outputs
 
@@ -144,7 +145,7 @@ def test_without_the_fallback_it_warns_and_names_the_layer(tmp_path: Path) -> No
     )
     assert any("measure the task" in warning for warning in unreachable.warnings)
     assert unreachable.costs[0].node == "bad"
-    assert len(unreachable.plan.float_layers) <= len(unreachable.plan.layers) // 4
+    assert len(unreachable.plan.float_layers) <= max(1, len(unreachable.plan.layers) // 4)
 
 
 def test_a_graph_with_nothing_to_quantize_is_written_and_says_so(tmp_path: Path) -> None:
@@ -158,6 +159,56 @@ def test_a_single_batch_serves_for_both_and_it_says_so(float_file: Path, tmp_pat
     result = qonnx.quantize(float_file, data(1), tmp_path / "quantized.onnx")
     assert result.held_out == 0
     assert any("only one batch" in warning for warning in result.warnings)
+
+
+def test_a_reason_written_by_hand_keeps_a_layer_in_float(float_file: Path, tmp_path: Path) -> None:
+    plan = qonnx.quantize(float_file, data(), tmp_path / "one.onnx").plan
+    layers = tuple(
+        msgspec.structs.replace(layer, reason="I say so") if layer.node == "fc1" else layer for layer in plan.layers
+    )
+    qonnx.quantize(float_file, data(), tmp_path / "two.onnx", plan=msgspec.structs.replace(plan, layers=layers))
+    model = load(tmp_path / "two.onnx")
+    assert "w" in model.graph.initializers
+    assert "w2" not in model.graph.initializers
+
+
+def test_a_plan_for_another_target_is_refused(float_file: Path, tmp_path: Path) -> None:
+    plan = qonnx.quantize(float_file, data(), tmp_path / "one.onnx", target="ort-cpu").plan
+    with pytest.raises(TargetError, match="made for ort-cpu"):
+        qonnx.quantize(float_file, data(), tmp_path / "two.onnx", plan=plan)
+
+
+def test_statistics_of_another_model_are_refused(float_file: Path, tmp_path: Path) -> None:
+    other = model_of("g (float[n,32] x, float[32,64] w) => (float[n,64] y) { y = MatMul(x, w) }", weights="w")
+    statistics = qonnx.calibrate(other, data())
+    with pytest.raises(DataError, match="do not hold"):
+        qonnx.quantize(float_file, data(), tmp_path / "q.onnx", statistics=statistics)
+
+
+def test_statistics_serve_many_recipes(float_file: Path, tmp_path: Path) -> None:
+    statistics = qonnx.calibrate(float_file, data())
+    for kind in ("minmax", "average", "entropy", "mse", "auto"):
+        settings = [f"activations.calibrator.kind={kind}"]
+        result = qonnx.quantize(float_file, data(), tmp_path / "q.onnx", settings=settings, statistics=statistics)
+        assert result.comparison.outputs[0].sqnr_db > 20
+
+
+def test_the_data_of_the_float_model_are_not_overwritten(tmp_path: Path) -> None:
+    model = model_of(MLP, weights="w b w2 b2", scale=0.2)
+    ir.save(model, tmp_path / "model.onnx", external_data="q.onnx.data")
+    with pytest.raises(OutputError, match="would overwrite the float model"):
+        qonnx.quantize(tmp_path / "model.onnx", data(), tmp_path / "q.onnx")
+
+
+def test_what_is_reported_is_what_fresh_data_give(float_file: Path, tmp_path: Path) -> None:
+    """Choices are made on one held-back batch and judged on others: other draws of the same size give the same."""
+    excess = []
+    for seed in range(6):
+        result = qonnx.quantize(float_file, data(12, rows=16, seed=seed), tmp_path / "q.onnx")
+        draws = [data(result.held_out, rows=16, seed=1000 * seed + draw) for draw in range(1, 9)]
+        fresh = [qonnx.compare(float_file, tmp_path / "q.onnx", draw).outputs[0].sqnr_db for draw in draws]
+        excess.append(result.comparison.outputs[0].sqnr_db - np.mean(fresh))
+    assert abs(np.mean(excess)) < 1.0
 
 
 def test_a_model_in_memory_is_not_changed(tmp_path: Path) -> None:

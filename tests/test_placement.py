@@ -3,9 +3,10 @@
 import onnx_ir as ir
 import pytest
 
+from qonnx.numerics import PerTensor
 from qonnx.passes.prepare import prepare
 from qonnx.placement import Edge, Placement, candidates, place
-from qonnx.recipe import Match, Recipe, Rule
+from qonnx.recipe import Match, Recipe, Rule, Weights
 from qonnx.targets import target
 from tests.graphs import model_of
 
@@ -18,6 +19,30 @@ ATTENTION = (
     "g (float[1,4,32,16] q, float[1,4,16,32] k, float[1,4,32,16] v, float[1,1,32,32] mask) => (float[1,4,32,16] y) "
     "{ a = MatMul(q, k) m = Add(a, mask) p = Softmax(m) y = MatMul(p, v) }"
 )
+
+# One projection makes queries, keys and values, as one Split or as one Gather each; four heads of 16.
+SPLIT = "q, k, v = Split <axis = -1, num_outputs = 3> (a) "
+HEADS = "heads = Constant <value = int64[4] {1, 32, 4, 16}> () flat = Constant <value = int64[3] {1, 32, 64}> () "
+FUSED = (
+    "g (float[1,32,64] x, float[64,192] w, float[192] b, float[64,64] w1) => (float[1,32,64] y) {"
+    + HEADS
+    + "[project] m = MatMul(x, w) a = Add(m, b) "
+    + SPLIT
+    + "[split_q] q4 = Reshape(q, heads) [split_k] k4 = Reshape(k, heads) [split_v] v4 = Reshape(v, heads) "
+    "qt = Transpose <perm = [0,2,1,3]> (q4) kt = Transpose <perm = [0,2,3,1]> (k4) vt = Transpose <perm = [0,2,1,3]> (v4) "
+    "[scores] s = MatMul(qt, kt) p = Softmax(s) [mix] c = MatMul(p, vt) "
+    "ct = Transpose <perm = [0,2,1,3]> (c) r = Reshape(ct, flat) [out] y = MatMul(r, w1) }"
+)
+
+
+def attention(
+    between: str = "p = Softmax(a)", head: int = 16, dtype: str = "float", end: str = "y = MatMul(p, v)"
+) -> str:
+    """Attention without projections, over 32 positions."""
+    return (
+        f"g ({dtype}[1,4,32,{head}] q, {dtype}[1,4,{head},32] k, {dtype}[1,4,32,{head}] v, bool[1,1,32,32] mask) "
+        f"=> ({dtype}[1,4,32,{head}] y) {{ [scores] a = MatMul(q, k) {between} [mix] {end} }}"
+    )
 
 
 def placed(text: str, recipe: Recipe | None = None, name: str = "a800", opset: int = 21) -> Placement:
@@ -122,15 +147,49 @@ LEFT_IN_FLOAT = {
         "outside attention",
     ),
     "narrow heads": (
-        "g (float[1,4,32,8] q, float[1,4,8,32] k) => (float[1,4,32,32] y) { a = MatMul(q, k) y = Softmax(a) }",
+        "g (float[1,4,32,8] q, float[1,4,8,32] k, float[1,4,32,8] v) => (float[1,4,32,8] y) "
+        "{ a = MatMul(q, k) p = Softmax(a) y = MatMul(p, v) }",
         "sums over 8 elements",
+    ),
+    "outside attention, though a Softmax reads it": (
+        "g (float[4,32] x, float[32,32] z) => (float[4,32] y) { a = MatMul(x, z) y = Softmax(a) }",
+        "outside attention",
+    ),
+    "probabilities that no product made": (
+        "g (float[4,32] x, float[32,32] z) => (float[4,32] y) { p = Softmax(x) y = MatMul(p, z) }",
+        "no product of queries and keys",
+    ),
+    "weight first": (
+        "g (float[32,20] x, float[32,32] w) => (float[32,20] y) { y = MatMul(w, x) }",
+        "its weight comes first",
+    ),
+    "stack of matrices": (
+        "g (float[4,8,32] x, float[4,32,32] w) => (float[4,8,32] y) { y = MatMul(x, w) }",
+        "stack of matrices",
+    ),
+    "vector": ("g (float[8,32] x, float[32] w) => (float[8] y) { y = MatMul(x, w) }", "is a vector"),
+    "computed weight": (
+        "g (float[4,128] x, float[128,128] w) => (float[4,128] y) { s = Sigmoid(w) y = MatMul(x, s) }",
+        "computed in the graph",
+    ),
+    "computed kernel": (
+        "g (float[1,128,8,8] x, float[128,128,1,1] w) => (float[1,128,8,8] y) { s = Tanh(w) y = Conv(x, s) }",
+        "computed in the graph",
+    ),
+    "no channels": (
+        "g (float[1,16,8,8] x, float[0,16,1,1] w) => (float[1,0,8,8] y) { y = Conv(x, w) }",
+        "its weight is empty",
+    ),
+    "transposed convolution": (
+        "g (float[1,32,8,8] x, float[32,16,2,2] w) => (float[1,16,16,16] y) { y = ConvTranspose <strides = [2,2]> (x, w) }",
+        "transposed convolutions",
     ),
     "weight from outside": (
         "g (float[1,16,8,8] x, float[16,16,1,1] z) => (float[1,16,8,8] y) { y = Conv(x, z) }",
         "not a constant",
     ),
     "double precision": (
-        "g (double[4,32] x, double[32,32] k) => (double[4,32] y) { a = MatMul(x, k) y = Softmax(a) }",
+        "g (double[4,32] x, double[32,32] k) => (double[4,32] y) { a = MatMul(x, k) p = Softmax(a) y = MatMul(p, k) }",
         "computes in double",
     ),
 }
@@ -139,7 +198,7 @@ LEFT_IN_FLOAT = {
 @pytest.mark.parametrize("name", LEFT_IN_FLOAT)
 def test_leaves_alone_with_a_reason(name: str) -> None:
     text, expected = LEFT_IN_FLOAT[name]
-    (layer,) = placed(text).layers
+    layer = placed(text).layers[0]
     if expected is None:
         assert not layer.reason
     else:
@@ -185,6 +244,135 @@ def test_a_later_rule_wins() -> None:
 def test_onnx_runtime_wants_the_outputs_of_convolutions_quantized() -> None:
     placement = placed(RESIDUAL, name="ort-cpu")
     assert {"x", "r", "c", "s"} <= set(placement.activations)
+
+
+def test_the_parts_of_one_projection_are_rounded_where_they_are_cut() -> None:
+    placement = placed(FUSED)
+    assert reasons(placement) == [""] * 4
+    assert set(placement.activations) == {"x", "q", "k", "v", "p", "r"}
+    assert [edges(placement, value) for value in "qkv"] == [["split_q:0"], ["split_k:0"], ["split_v:0"]]
+
+
+def test_for_a_cpu_they_are_rounded_where_they_are_multiplied() -> None:
+    placement = placed(FUSED, name="ort-cpu")
+    assert set(placement.activations) == {"x", "qt", "kt", "vt", "p", "r"}
+
+
+def test_parts_that_something_else_reads_are_rounded_where_they_are_multiplied() -> None:
+    placement = placed(FUSED.replace("(float[1,32,64] y)", "(float[1,32,64] y, float[1,4,32,16] vt)"))
+    assert set(placement.activations) == {"x", "q", "k", "vt", "p", "r"}
+
+
+def test_in_an_attention_in_float_the_values_are_rounded_so_that_the_projection_stays_whole() -> None:
+    placement = placed(FUSED, Recipe(attention=False))
+    assert set(placement.activations) == {"x", "v", "r"}
+    assert set(placed(FUSED, Recipe(attention=False), name="ort-cpu").activations) == {"x", "r"}
+
+
+def test_nothing_is_rounded_in_a_float_attention_behind_a_float_projection() -> None:
+    skip = Rule(Match(name="project"), skip=True)
+    assert set(placed(FUSED, Recipe(attention=False, rules=(skip,))).activations) == {"r"}
+
+
+def test_the_result_of_an_attention_is_rounded_even_when_nothing_quantized_reads_it() -> None:
+    skip = Recipe(rules=(Rule(Match(name="out"), skip=True),))
+    assert edges(placed(FUSED, skip), "r") == ["out:0"]
+    assert edges(placed(FUSED, skip, name="ort-cpu"), "r") == []
+
+
+BETWEEN_THE_PRODUCTS = {
+    "scale and mask": "d = Sqrt(a) e = Div(a, d) f = Where(mask, e, d) p = Softmax(f)",
+    "soft cap": "t = Tanh(a) e = Mul(t, t) p = Softmax(e)",
+    "dropout and cast": "s = Softmax(a) d = Dropout(s) p = Cast <to = 1> (d)",
+    "masked rows become zero": "zero = Constant <value = float {0.0}> () s = Softmax(a) n = IsNaN(s) p = Where(n, zero, s)",
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN_THE_PRODUCTS)
+def test_finds_both_products_whatever_stands_in_between(name: str) -> None:
+    placement = placed(attention(BETWEEN_THE_PRODUCTS[name]))
+    assert reasons(placement) == ["", ""]
+    assert placement.probabilities == {"p"}
+
+
+def test_values_may_come_first() -> None:
+    placement = placed(
+        "g (float[1,100,64] q, float[1,64,100] k, float[1,64,100] v) => (float[1,64,100] y) "
+        "{ a = MatMul(q, k) s = Softmax(a) p = Transpose <perm = [0,2,1]> (s) y = MatMul(v, p) }"
+    )
+    assert reasons(placement) == ["", ""]
+    assert set(placement.activations) == {"q", "k", "v", "p"}
+
+
+def test_products_that_share_an_attention_stay_in_float_together() -> None:
+    text = attention(end="y = MatMul(p, v) [other] z = MatMul(p, q)").replace("y) {", "y, float[1,4,32,16] z) {")
+    placement = placed(text, Recipe(rules=(Rule(Match(name="other"), skip=True),)))
+    assert reasons(placement) == [
+        "the other product of its attention, other, stays in float",
+        "the other product of its attention, scores, stays in float",
+        "rule 1 of the recipe",
+    ]
+    assert not placement.activations
+
+
+@pytest.mark.parametrize(("head", "dtype", "quantized"), [(64, "float16", 2), (80, "float16", 0), (80, "float", 2)])
+def test_half_precision_keeps_a_fused_attention_that_int8_lacks(head: int, dtype: str, quantized: int) -> None:
+    text = attention(head=head, dtype=dtype)
+    assert sum(not reason for reason in reasons(placed(text))) == quantized
+    assert reasons(placed(text, name="ort-cpu")) == ["", ""]
+
+
+def test_the_cache_that_a_concatenation_extends_is_not_rounded() -> None:
+    placement = placed(
+        "g (float[1,4,1,16] q, float[1,4,1,16] new, float[1,4,31,16] past) => (float[1,4,1,16] y, float[1,4,32,16] k) "
+        "{ k = Concat <axis = 2> (past, new) t = Transpose <perm = [0,1,3,2]> (k) a = MatMul(q, t) p = Softmax(a) "
+        "y = MatMul(p, k) }"
+    )
+    assert set(placement.activations) == {"q", "t", "p", "k"}
+
+
+def test_a_concatenation_or_pool_that_something_else_reads_is_left_alone() -> None:
+    joined = placed(
+        "g (float[1,8,8,8] x, float[1,8,8,8] z, float[16,16,1,1] w) => (float[1,16,8,8] y, float[1,16,8,8] f) "
+        "{ j = Concat <axis = 1> (x, z) y = Conv(j, w) f = Sigmoid(j) }"
+    )
+    pooled = placed(
+        "g (float[1,16,8,8] x, float[16,16,1,1] w) => (float[1,16,7,7] y, int64[1,16,7,7] i) "
+        "{ m, i = MaxPool <kernel_shape = [2,2]> (x) y = Conv(m, w) }"
+    )
+    assert set(joined.activations) == {"j"}
+    assert set(pooled.activations) == {"m"}
+
+
+SHARED = (
+    "g (float[4,128] x, float[128,128] w) => (float[4,128] y) "
+    "{ [t] tw = Transpose(w) [first] a = MatMul(x, tw) r = Relu(a) [second] y = MatMul(r, tw) }"
+)
+
+
+def test_layers_that_share_a_transposed_weight_are_quantized_on_one_edge() -> None:
+    placement = placed(SHARED)
+    assert reasons(placement) == ["", ""]
+    assert placement.weights == {("w", 0): (Edge("t", 0),)}
+
+
+def test_a_weight_that_two_layers_read_the_same_way_is_quantized_once() -> None:
+    placement = placed(
+        "g (float[4,32] x, float[32,32] w) => (float[4,32] y) { [a] h = MatMul(x, w) [b] y = MatMul(h, w) }"
+    )
+    assert placement.weights == {("w", 1): (Edge("a", 1), Edge("b", 1))}
+
+
+def test_scales_per_tensor_serve_weights_that_have_none_per_channel() -> None:
+    recipe = Recipe(weights=Weights(granularity=PerTensor()))
+    assert reasons(placed(LEFT_IN_FLOAT["weight first"][0], recipe)) == [""]
+    assert reasons(placed(LEFT_IN_FLOAT["stack of matrices"][0], recipe)) == [""]
+
+
+def test_integers_are_no_candidates() -> None:
+    placement = placed("g (int32[4,32] x, int32[32,32] z) => (int32[4,32] y) { y = MatMul(x, z) }")
+    assert reasons(placement) == ["computes in int32"]
+    assert candidates(placement) == ()
 
 
 def test_every_name_in_a_placement_is_in_the_graph() -> None:

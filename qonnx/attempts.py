@@ -1,0 +1,209 @@
+"""From statistics to the quantized file: plan, write, compare, and try again with the most costly layers in float.
+
+What is chosen here - ranges, and layers to leave in float - is chosen on one held-back batch. How good the result is,
+is measured on others.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import onnx_ir as ir
+
+from qonnx.auto_ranges import best_throughout, least_disturbing
+from qonnx.bias_correction import correct_biases
+from qonnx.calibrators import Auto, Average
+from qonnx.comparison import Comparison, ModelSource, compare
+from qonnx.data import Batch
+from qonnx.errors import DataError, ModelError
+from qonnx.graph import first_line, parameters, save
+from qonnx.numerics import Dtype
+from qonnx.passes.insert_qdq import InsertQDQ
+from qonnx.placement import candidates, place
+from qonnx.plan import QuantPlan, make_plan
+from qonnx.ranges import Range, calibrated
+from qonnx.recipe import Recipe
+from qonnx.runtime import input_specs
+from qonnx.sensitivity import LayerCost, layer_costs, most_costly
+from qonnx.statistics import Statistics
+from qonnx.targets import Target
+
+# At most one layer in so many is left in float to reach the recipe's goal, and always one.
+_LARGEST_SHARE_LEFT = 4
+
+# How many samples single layers are measured on: they are only ranked.
+_COST_SAMPLES = 4
+
+# How many samples the automatic choice of ranges is made on, and what a choice must gain over `average`: on few samples
+# the best of many is best by chance.
+_AUTO_SAMPLES = 16
+_AUTO_MARGIN_DB = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same over all attempts.
+
+    Attributes:
+        model: the float model as it was given.
+        prepared: the same in normal form.
+        recipe: resolved for the target.
+        target: the consumer of the quantized graph.
+        sample: some of the batches that calibration saw, for bias correction.
+        choose: the held-back batch that choices are made on.
+        digest: of the calibration data.
+        file: where the quantized model is written.
+    """
+
+    model: ModelSource
+    prepared: ir.Model
+    recipe: Recipe
+    target: Target
+    sample: Sequence[Batch]
+    choose: Batch
+    digest: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One plan, written.
+
+    Attributes:
+        plan: what was written.
+        comparison: with the float model, on the batch that choices are made on.
+        bytes: of the weights.
+        costs: what each layer alone does to the outputs, the worst first, where that was measured.
+    """
+
+    plan: QuantPlan
+    comparison: Comparison
+    bytes: int
+    costs: tuple[LayerCost, ...] = ()
+
+    @property
+    def sqnr_db(self) -> float:
+        """The lowest signal-to-noise ratio of all outputs; -inf where finite values became NaN or infinite."""
+        outputs = self.comparison.outputs
+        if any(output.nonfinite > output.nonfinite_reference for output in outputs):
+            return -math.inf
+        return min((output.sqnr_db for output in outputs if not math.isnan(output.sqnr_db)), default=math.inf)
+
+
+def best_attempt(job: Job, statistics: Statistics) -> Attempt:
+    """Plans, writes and compares; where the goal is missed, leaves the most costly layers in float and tries again.
+
+    The file of the best attempt is the one that is left.
+    """
+    ranges = _ranges(job, statistics)
+    leave: dict[str, str] = {}
+    costs: tuple[LayerCost, ...] = ()
+    best: Attempt | None = None
+    while True:
+        plan = make_plan(job.prepared, statistics, ranges, job.recipe, job.target, leave)
+        if job.recipe.correct_biases:
+            plan = correct_biases(job.prepared, plan, job.sample)
+        latest = write(job, plan)
+        if best is None or latest.sqnr_db > best.sqnr_db:
+            best = latest
+        goal = job.recipe.goal_sqnr_db
+        if latest.sqnr_db >= goal or goal <= 0 or not plan.quantized_layers:
+            break
+        if not costs:
+            costs = layer_costs(job.prepared, plan, _few_samples(job.prepared, job.sample[0], _COST_SAMPLES))
+        quantized = {layer.node for layer in plan.quantized_layers}
+        remaining = [cost for cost in costs if cost.node in quantized]
+        allowed = max(1, len(plan.layers) // _LARGEST_SHARE_LEFT) - len(leave)
+        more = most_costly(remaining, latest.sqnr_db, goal, allowed)
+        if not more:
+            break
+        leave |= {cost.node: f"quantized alone, it leaves {cost.sqnr_db:.1f} dB of the output" for cost in more}
+    if best is not latest:
+        best = write(job, best.plan)
+    return replace(best, costs=costs)
+
+
+def write(job: Job, plan: QuantPlan) -> Attempt:
+    """Writes the quantized model and compares it with the original.
+
+    Raises:
+        RecipeError: the plan does not fit the model.
+        ModelError: what came out is not valid ONNX.
+    """
+    quantized = job.prepared.clone()
+    InsertQDQ(plan)(quantized)
+    _stamp(quantized, plan, job)
+    save(quantized, job.file)
+    _check_valid(job.file)
+    return Attempt(plan, compare(job.model, job.file, [job.choose]), parameters(quantized)[1])
+
+
+def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
+    """The range of every candidate tensor, by the recipe's calibrator."""
+    calibrator, dtype = job.recipe.activations.calibrator, job.recipe.activations.dtype
+    grid = Dtype.INT8 if isinstance(dtype, msgspec.UnsetType) else dtype
+    placement, symmetric = place(job.prepared, job.recipe, job.target), job.target.symmetric
+    values = [value for value in candidates(placement) if value not in placement.probabilities]
+    if not isinstance(calibrator, Auto):
+        return calibrated(values, statistics, calibrator, grid, symmetric=symmetric)
+    tried = [calibrated(values, statistics, each, grid, symmetric=symmetric) for each in calibrator.candidates]
+    batch = _few_samples(job.prepared, job.choose, _AUTO_SAMPLES)
+    per_tensor = least_disturbing(
+        job.prepared,
+        placement,
+        tried,
+        batch,
+        grid,
+        symmetric=symmetric,
+        biases_corrected=job.recipe.correct_biases,
+    )
+    # All contestants quantize the edges of the first one; which layers no scale can save is decided once more later.
+    first = make_plan(job.prepared, statistics, tried[0], job.recipe, job.target)
+    leave = {layer.node: layer.reason for layer in first.float_layers}
+    recipe = msgspec.structs.replace(job.recipe, minimum_sqnr_db=-math.inf)
+    tried.append(per_tensor)
+    plans = [make_plan(job.prepared, statistics, each, recipe, job.target, leave) for each in tried]
+    kinds = [isinstance(candidate, Average) for candidate in calibrator.candidates]
+    usual = kinds.index(True) if any(kinds) else 0
+    return tried[best_throughout(job.prepared, plans, batch, usual=usual, margin_db=_AUTO_MARGIN_DB)]
+
+
+def _few_samples(model: ir.Model, batch: Batch, count: int) -> Batch:
+    """The first samples of a batch, where all inputs share a dynamic first axis and the model runs on fewer."""
+    from qonnx.runtime import session
+
+    shapes = [spec.shape for spec in input_specs(model)]
+    axes = {shape[0] if shape else None for shape in shapes}
+    sizes = {array.shape[0] for array in batch.values() if array.ndim}
+    if len(axes) != 1 or not isinstance(next(iter(axes)), str) or len(sizes) != 1 or max(sizes) <= count:
+        return batch
+    few = {name: array[:count] for name, array in batch.items()}
+    try:
+        session(model).run(few)
+    except DataError:  # the first axis is no batch: nodes of a graph, rows that are grouped later
+        return batch
+    return few
+
+
+def _check_valid(file: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file), full_check=False)
+    except Exception as error:
+        raise ModelError(f"the quantized model is not valid ONNX ({first_line(error)}); please report this") from error
+
+
+def _stamp(model: ir.Model, plan: QuantPlan, job: Job) -> None:
+    """Writes into the file what someone who finds it needs to know."""
+    model.producer_name = "qonnx"
+    model.producer_version = importlib.metadata.version("qonnx-pipeline")
+    recipe = msgspec.json.encode(job.recipe).decode() if plan.recipe == job.recipe.name else plan.recipe
+    model.metadata_props["qonnx.recipe"] = recipe
+    model.metadata_props["qonnx.target"] = job.target.name
+    model.metadata_props["qonnx.calibration_data"] = job.digest

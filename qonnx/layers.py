@@ -1,0 +1,270 @@
+"""The matrix products and convolutions of a graph, what each needs on integers, and why some stay in float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import msgspec
+import onnx_ir as ir
+
+from qonnx.attention import cut_edge, result, value_products, values_index
+from qonnx.graph import dtype_name, is_float, is_initializer, module_path, rank
+from qonnx.linear import LINEAR_OPS, Linear, linear_of
+from qonnx.recipe import PerChannel, Recipe
+from qonnx.targets import Target
+
+# They are applied where the convolution before them writes its result: its range is the one behind them.
+ACTIVATION_FUNCTIONS = frozenset({"Relu", "Clip", "LeakyRelu"})
+
+# Smaller products gain nothing on integer tensor cores, whose tiles are 16 wide.
+_MINIMUM_WIDTH = 16
+
+# The head sizes for which TensorRT has one kernel for a whole attention on INT8; on half precision, for any from 16 on.
+_FUSED_HEAD_SIZES = frozenset({16, 32, 64})
+
+
+class Edge(msgspec.Struct, frozen=True, order=True):
+    """One input of one node."""
+
+    node: str
+    input: int
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A value that must be on integers for a layer to run on them: an input, or the result of an attention.
+
+    Attributes:
+        edge: where the value is read; for a weight, where the stored initializer is read.
+        value: the name of the value.
+        channel_axis: of a weight as stored, the axis of output channels; None for an activation.
+    """
+
+    edge: Edge
+    value: str
+    channel_axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A matrix product or convolution.
+
+    Attributes:
+        node: its node name.
+        op: its operator.
+        path: the path of the module that made it, or "".
+        operands: what must be quantized for it to run on integers; empty when that is impossible.
+        output: the name of its result, bias included.
+        reason: why it stays in float, or "" when it is quantized.
+    """
+
+    node: str
+    op: str
+    path: str
+    operands: tuple[Operand, ...]
+    output: str
+    reason: str
+
+
+def find_layers(graph: ir.Graph, recipe: Recipe, target: Target, reasons: Mapping[str, str]) -> tuple[Layer, ...]:
+    """Every matrix product and convolution, in graph order; bodies of subgraphs are not entered.
+
+    Args:
+        graph: in the form that `qonnx.passes.prepare` makes.
+        recipe: whether attention is wanted, and how weights are quantized.
+        target: the consumer of the quantized graph.
+        reasons: by node name, layers to leave in float whatever they are.
+    """
+    return _whole_attention(graph, tuple(_layers(graph, recipe, target, reasons)))
+
+
+def is_gpu(target: Target) -> bool:
+    """Whether TensorRT will compile the graph."""
+    return target.compute_capability is not None
+
+
+def _layers(graph: ir.Graph, recipe: Recipe, target: Target, reasons: Mapping[str, str]) -> Iterator[Layer]:
+    for node in graph:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in LINEAR_OPS:
+            continue
+        left = reasons.get(node.name or "")
+        linear = linear_of(node)
+        unfit = _not_float(node.inputs[0]) or _not_float(node.inputs[1])
+        constants = [value for value in node.inputs[:2] if _is_constant(value)]
+        if unfit:
+            yield _layer(node, (), node.outputs[0], left or unfit)
+        elif linear is not None:
+            reason = left or _no_gain(linear) or _no_scales(linear, recipe)
+            yield _layer(node, _linear_operands(linear), linear.output, reason)
+        elif node.op_type != "MatMul" or constants:
+            weight = constants[-1] if constants else node.inputs[1]
+            yield _layer(node, (), node.outputs[0], left or _why_no_weight(weight))
+        else:
+            reason = left or _no_attention(node, recipe) or _no_gain_in_attention(node, target)
+            yield _layer(node, _product_operands(node, target), node.outputs[0], reason)
+
+
+def _no_attention(node: ir.Node, recipe: Recipe) -> str:
+    """Why a product of two activations is none of the two products of an attention that the recipe wants quantized."""
+    if values_index(node) is None and not value_products(node):
+        return "product of two activations outside attention"
+    return "" if recipe.attention else "the recipe leaves attention products in float"
+
+
+def _no_gain_in_attention(node: ir.Node, target: Target) -> str:
+    width = _static(node.inputs[0], -1) or _static(node.inputs[1], -2)
+    if width is not None and width < _MINIMUM_WIDTH:
+        return f"sums over {width} elements only: nothing gained below {_MINIMUM_WIDTH}"
+    size, half = _head_size(node), node.outputs[0].dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    if is_gpu(target) and half and not _is_fused(node) and size is not None and size >= _MINIMUM_WIDTH:
+        return f"with head size {size}, attention is one kernel in half precision and several on INT8"
+    return ""
+
+
+def _product_operands(node: ir.Node, target: Target) -> tuple[Operand, ...]:
+    """The inputs of a product in attention, and of the second one in a fused kernel the result."""
+    edges = [(node, 0), (node, 1)]
+    if is_gpu(target):
+        # Were the parts of one projection only rounded behind their Transpose, the compiler would make one product in
+        # float out of each part.
+        edges = [cut_edge(node, index) for index in (0, 1)]
+        value = result(node)
+        if values_index(node) is not None and _is_fused(node) and value is not None:
+            edges += [(usage.node, usage.idx) for usage in value.uses() if usage.node.graph is node.graph]
+    return tuple(
+        Operand(Edge(reader.name or "", index), value.name or "")
+        for reader, index in edges
+        if (value := reader.inputs[index]) is not None
+    )
+
+
+def _whole_attention(graph: ir.Graph, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Quantizes both products of an attention or neither.
+
+    The compiler makes one kernel of queries by keys, Softmax and probabilities by values. With one product on integers
+    it falls apart into several, which are slower than the float kernel.
+    """
+    reasons = {
+        layer.node: layer.reason
+        for layer in layers
+        if layer.op == "MatMul" and layer.operands and all(operand.channel_axis is None for operand in layer.operands)
+    }
+    nodes = {node.name or "": node for node in graph if node.name in reasons}
+    partners: dict[str, set[str]] = {name: set() for name in nodes}
+    for name, node in nodes.items():
+        for other in value_products(node) & nodes.keys():
+            partners[name].add(other)
+            partners[other].add(name)
+    pending = [name for name in nodes if reasons[name]]
+    for name, node in nodes.items():
+        if not reasons[name] and values_index(node) is not None and not partners[name]:
+            reasons[name] = "its probabilities are no product of queries and keys: there is no attention to fuse"
+    while pending:
+        name = pending.pop()
+        for other in sorted(partners[name]):
+            if not reasons[other]:
+                reasons[other] = f"the other product of its attention, {name}, stays in float"
+                pending.append(other)
+    return tuple(replace(layer, reason=reasons.get(layer.node, layer.reason)) for layer in layers)
+
+
+def _head_size(node: ir.Node) -> int | None:
+    """How many elements a query, key or value has in one head."""
+    index = values_index(node)
+    if index is None:
+        return _static(node.inputs[0], -1) or _static(node.inputs[1], -2)
+    return _static(node.inputs[index], -1 if index == 1 else -2)
+
+
+def _is_fused(node: ir.Node) -> bool:
+    size = _head_size(node)
+    return size is None or size in _FUSED_HEAD_SIZES
+
+
+def _layer(node: ir.Node, operands: tuple[Operand, ...], output: ir.Value, reason: str) -> Layer:
+    return Layer(node.name or "", node.op_type, module_path(node), operands, output.name or "", reason)
+
+
+def _linear_operands(linear: Linear) -> tuple[Operand, ...]:
+    reader, index = linear.weight_reader
+    return (
+        Operand(Edge(linear.node.name or "", linear.data_index), linear.data.name or ""),
+        Operand(Edge(reader.name or "", index), linear.weight.name or "", linear.output_axis),
+    )
+
+
+def _not_float(value: ir.Value | None) -> str:
+    return "" if value is None or value.dtype is None or is_float(value) else f"computes in {dtype_name(value)}"
+
+
+def _is_constant(value: ir.Value | None, depth: int = 8) -> bool:
+    """Whether the value is an initializer, or computed from nothing else."""
+    producer = None if value is None else value.producer()
+    if producer is None or not depth:
+        return is_initializer(value)
+    return all(read is None or _is_constant(read, depth - 1) for read in producer.inputs)
+
+
+def _why_no_weight(value: ir.Value | None) -> str:
+    if value is None or not _is_constant(value):
+        return "its weight is not a constant"
+    if not is_initializer(value):
+        return "its weight is computed in the graph: store the result as an initializer to quantize it"
+    return "its weight is a vector" if rank(value) == 1 else "its weight is not one matrix"
+
+
+def _no_scales(linear: Linear, recipe: Recipe) -> str:
+    """Weights for which ONNX Runtime's integer kernels have no scales per channel: it loads them and fails to run."""
+    if linear.node.op_type != "MatMul" or not isinstance(recipe.weights.granularity, PerChannel):
+        return ""
+    if linear.weight_index == 0:
+        return "its weight comes first: ONNX Runtime has no scales per channel there"
+    if (rank(linear.node.inputs[1]) or 0) > 2:
+        return "its weight is a stack of matrices: ONNX Runtime has no scales per channel there"
+    return ""
+
+
+def _no_gain(linear: Linear) -> str:
+    """Products that integer arithmetic makes less accurate and no faster."""
+    inputs, outputs = linear.input_channels, linear.output_channels
+    if linear.weight.shape is not None and 0 in linear.weight.shape:
+        return "its weight is empty"
+    if linear.node.op_type == "ConvTranspose":
+        return "transposed convolutions run in float, or no faster on integers"
+    if linear.node.op_type in ("Gemm", "MatMul"):
+        thin = min(inputs, outputs)
+        return f"{inputs} x {outputs} weight: nothing gained below {_MINIMUM_WIDTH}" if thin < _MINIMUM_WIDTH else ""
+    if _is_one_pixel(linear.data):
+        return "reads one pixel per channel: nothing gained from integers"
+    if linear.groups > 1:
+        if outputs % 8:
+            return f"grouped with {outputs} outputs: not a multiple of 8"
+        return ""
+    from_input = linear.data.is_graph_input()
+    if min(inputs, outputs) < _MINIMUM_WIDTH:
+        wide = from_input or max(inputs, outputs) >= _MINIMUM_WIDTH
+        if not wide or (inputs % 8 and outputs % 8):
+            return f"{inputs} to {outputs} channels: nothing gained below {_MINIMUM_WIDTH}"
+    return ""
+
+
+def _is_one_pixel(value: ir.Value) -> bool:
+    if value.shape is not None and len(value.shape) >= 3:
+        sizes = list(value.shape)[2:]
+        if all(isinstance(size, int) for size in sizes):
+            return all(size == 1 for size in sizes)
+    producer = value.producer()
+    while producer is not None and producer.op_type in ACTIVATION_FUNCTIONS | {"Conv", "Sigmoid", "HardSigmoid"}:
+        if producer.op_type == "Conv" and any(size > 1 for size in producer.attributes.get_ints("kernel_shape", [2])):
+            return False
+        source = producer.inputs[0]
+        producer = source.producer() if source is not None else None
+    return producer is not None and producer.op_type in ("GlobalAveragePool", "GlobalMaxPool")
+
+
+def _static(value: ir.Value | None, axis: int) -> int | None:
+    if value is None or value.shape is None or len(value.shape) < -axis:
+        return None
+    size = value.shape[axis]
+    return size if isinstance(size, int) else None
