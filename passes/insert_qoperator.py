@@ -157,22 +157,22 @@ def _qlinear_conv(write: Writer, left: Integers, right: Integers, ending: Ending
     check_conv(left, right)
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     steps = bias_codes(bias, left, right, ending.scale)
-    if left.codes.dtype != ir.DataType.UINT8 or (bias is not None and steps is None):
+    if left.codes.dtype != ending.dtype or (bias is not None and steps is None):
         return None
     operands = [*triples(write, left, right), single(write, ending.scale), ending.zero_point]
     if steps is not None:
         operands.append(write.constant(steps, f"{node.name}_bias_quantized"))
-    return write.add("QLinearConv", operands, ir.DataType.UINT8, node.outputs[0].shape, conv_attributes(node))
+    return write.add("QLinearConv", operands, ending.dtype, node.outputs[0].shape, conv_attributes(node))
 
 
 def _qlinear_matmul(write: Writer, left: Integers, right: Integers, ending: Ending) -> ir.Value | None:
     check_matmul(left, right)
     # ONNX Runtime takes scales per column for a second operand with two axes, and one scale for all others.
     single_scales = left.axis is None and (right.axis is None or rank(right.codes) == 2)
-    if left.codes.dtype != ir.DataType.UINT8 or not single_scales:
+    if left.codes.dtype != ending.dtype or not single_scales:
         return None
     operands = [*triples(write, left, right), single(write, ending.scale), ending.zero_point]
-    return write.add("QLinearMatMul", operands, ir.DataType.UINT8, write.node.outputs[0].shape)
+    return write.add("QLinearMatMul", operands, ending.dtype, write.node.outputs[0].shape)
 
 
 def _move(write: Writer) -> bool:
@@ -180,10 +180,10 @@ def _move(write: Writer) -> bool:
     node = write.node
     if node.op_type not in _MOVES or len(node.outputs) > 1 or (ending := ending_of(node.outputs[0])) is None:
         return False
-    operands = dequantized(node.inputs if node.op_type == "Concat" else node.inputs[:1])
+    operands = dequantized(node.inputs if node.op_type == "Concat" else node.inputs[:1], ending.dtype)
     if operands is None or not all(same_grid(operand, ending) for operand in operands):
         return False
     inputs = [*(operand.codes for operand in operands), *node.inputs[len(operands) :]]
-    codes = write.add(node.op_type, inputs, ir.DataType.UINT8, node.outputs[0].shape, node.attributes)
+    codes = write.add(node.op_type, inputs, ending.dtype, node.outputs[0].shape, node.attributes)
     finish(write, codes, ending)
     return True

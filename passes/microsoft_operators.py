@@ -26,15 +26,14 @@ def write_simple(write: Writer) -> None:
     """Replaces an element-wise operator, a Concat or a pooling between DequantizeLinear and QuantizeLinear."""
     node, ending = write.node, ending_of(write.node.outputs[0])
     attributes = _attributes(node)
-    operands = None if ending is None or attributes is None else dequantized(node.inputs)
+    operands = None if ending is None or attributes is None else dequantized(node.inputs, ending.dtype)
     if ending is None or attributes is None or not operands:
         return
     result = [single(write, ending.scale), ending.zero_point]
     given = triples(write, *operands)
     inputs = [*result, *given] if node.op_type == "Concat" else [*given, *result]
-    shape = node.outputs[0].shape
-    op = f"QLinear{node.op_type}"
-    finish(write, write.add(op, inputs, ir.DataType.UINT8, shape, attributes, MICROSOFT), ending)
+    op, shape = f"QLinear{node.op_type}", node.outputs[0].shape
+    finish(write, write.add(op, inputs, ending.dtype, shape, attributes, MICROSOFT), ending)
 
 
 def _attributes(node: ir.Node) -> dict[str, Any] | None:
@@ -59,7 +58,8 @@ def write_gemm(write: Writer, left: Integers, right: Integers, ending: Ending | 
     check_matmul(*gemm_operands(node, left, right))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     steps = bias_codes(bias, left, right, None if ending is None else ending.scale)
-    plain = left.codes.dtype == ir.DataType.UINT8 and left.axis is None and not left.perm
+    plain = ending is None or left.codes.dtype == ending.dtype
+    plain = plain and left.axis is None and not left.perm
     if not plain or node.attributes.get_float("beta", 1.0) != 1 or node.attributes.get_float("alpha", 1.0) != 1:
         return None
     if bias is not None and (steps is None or rank(bias) != 1):
@@ -68,7 +68,7 @@ def write_gemm(write: Writer, left: Integers, right: Integers, ending: Ending | 
     operands.append(None if steps is None else write.constant(steps, f"{node.name}_bias_quantized"))
     operands += [] if ending is None else [single(write, ending.scale), ending.zero_point]
     transposed = {name: node.attributes.get_int(name, 0) for name in ("transA", "transB")}
-    dtype = ir.DataType.FLOAT if ending is None else ir.DataType.UINT8
+    dtype = ir.DataType.FLOAT if ending is None else ending.dtype
     return write.add("QGemm", operands, dtype, node.outputs[0].shape, transposed, MICROSOFT)
 
 

@@ -25,7 +25,7 @@ _COARSEST_BIAS = 0.25
 
 @dataclass(frozen=True, eq=False)
 class Ending:
-    """What alone reads a float value and makes uint8 codes of it.
+    """What alone reads a float value and makes int8 or uint8 codes of it.
 
     Attributes:
         low: a lower bound of the values that are quantized, from Relu or Clip; -inf without.
@@ -51,6 +51,11 @@ class Ending:
         assert zero_point is not None
         return zero_point
 
+    @property
+    def dtype(self) -> ir.DataType:
+        """The type of the codes."""
+        return self.zero_point.dtype or ir.DataType.UNDEFINED
+
 
 def ending_of(value: ir.Value) -> Ending | None:
     """The QuantizeLinear behind a value, through Relu and Clip, when each is the only reader."""
@@ -61,7 +66,7 @@ def ending_of(value: ir.Value) -> Ending | None:
             return None
         reader = uses[0].node
         if reader.op_type == "QuantizeLinear":
-            return Ending(low, high, reader) if _to_uint8(reader) else None
+            return Ending(low, high, reader) if _makes_bytes(reader) else None
         bounds = _bounds(reader)
         if bounds is None:
             return None
@@ -75,8 +80,9 @@ def finish(write: Writer, codes: ir.Value, ending: Ending) -> None:
     scale, zero_point = constant(ending.scale), constant(ending.zero_point)
     assert scale is not None
     assert zero_point is not None
-    bounds = quantize(np.array([ending.low, ending.high]), scale, zero_point, Dtype.UINT8, PerTensor())
-    if (bounds != (0, 255)).any():
+    dtype = Dtype(ending.dtype.name.lower())
+    bounds = quantize(np.array([ending.low, ending.high]), scale, zero_point, dtype, PerTensor())
+    if (bounds != (dtype.minimum, dtype.maximum)).any():
         low, high = (write.constant(np.asarray(bound), f"{result.name}_bound") for bound in bounds)
         codes = write.add("Clip", [codes, low, high], codes.dtype, result.shape)
     take_over(result, codes)
@@ -91,7 +97,7 @@ def bias_codes(
     result, whose scale is `result`.
     """
     stored, x, w, y = constant(bias), scale_array(left), scale_array(right), constant(result)
-    if stored is None or x is None or w is None:
+    if stored is None or x is None or w is None or x.ndim or w.shape not in ((), (stored.size,)):
         return None
     unit = x.astype(np.float64) * w
     if y is not None and np.max(unit) > _COARSEST_BIAS * float(y):
@@ -109,13 +115,13 @@ def triples(write: Writer, *operands: Integers) -> list[ir.Value]:
     return values
 
 
-def dequantized(values: Sequence[ir.Value | None]) -> list[Integers] | None:
-    """The uint8 codes behind all of these values, one scale each, or None."""
+def dequantized(values: Sequence[ir.Value | None], dtype: ir.DataType) -> list[Integers] | None:
+    """The codes of type `dtype` behind all of these values, one scale each, or None."""
     found = []
     for value in values:
         producer = None if value is None else value.producer()
         integers = integers_of(value) if producer is not None and producer.op_type == "DequantizeLinear" else None
-        if integers is None or integers.axis is not None or integers.codes.dtype != ir.DataType.UINT8:
+        if integers is None or integers.axis is not None or integers.codes.dtype != dtype:
             return None
         found.append(integers)
     return found
@@ -138,10 +144,12 @@ def single(write: Writer, scale: ir.Value) -> ir.Value:
     return write.constant(stored.astype(np.float32), f"{scale.name}_float32")
 
 
-def _to_uint8(node: ir.Node) -> bool:
+def _makes_bytes(node: ir.Node) -> bool:
+    """Whether a QuantizeLinear has one constant scale, and codes of 8 bits."""
     zero_point = node.inputs[2] if len(node.inputs) > 2 else None
-    known = constant(node.inputs[1]) is not None and constant(zero_point) is not None
-    return known and rank(node.inputs[1]) == 0 and zero_point is not None and zero_point.dtype == ir.DataType.UINT8
+    if constant(node.inputs[1]) is None or constant(zero_point) is None or rank(node.inputs[1]) != 0:
+        return False
+    return zero_point is not None and zero_point.dtype in (ir.DataType.INT8, ir.DataType.UINT8)
 
 
 def _bounds(node: ir.Node) -> tuple[float, float] | None:
