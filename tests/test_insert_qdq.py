@@ -1,14 +1,16 @@
 """InsertQDQ: the graph computes exactly what the plan says, and holds nothing more."""
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from qonnx.errors import RecipeError
+from qonnx.graph import subgraphs
 from qonnx.numerics import Dtype, PerAxis, PerTensor, fake_quantize
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.placement import Edge
-from qonnx.plan import QuantPlan, TensorPlan
+from qonnx.plan import BiasPlan, QuantPlan, TensorPlan
 from qonnx.recipe import Recipe, load_recipe
 from qonnx.runtime import session
 from tests.graphs import model_of
@@ -79,6 +81,75 @@ def test_one_pair_of_nodes_a_tensor() -> None:
     operators = [node.op_type for node in copy.graph]
     assert operators.count("QuantizeLinear") == 1
     assert operators.count("DequantizeLinear") == 3
+
+
+def test_one_dequantized_weight_serves_all_that_read_it_alike() -> None:
+    model = model_of(
+        "g (float[8,32] x, float[32,32] w) => (float[8,32] y) { h = MatMul(x, w) r = Relu(h) y = MatMul(r, w) }",
+        weights="w",
+    )
+    copy = quantized(model, planned(model, data()))
+    first, second = [node for node in copy.graph if node.op_type == "MatMul"]
+    assert first.inputs[1] is second.inputs[1]
+    assert [name for name in copy.graph.initializers if name.startswith("w_quantized")] == ["w_quantized"]
+
+
+def test_a_weight_read_along_two_axes_is_stored_once_for_each() -> None:
+    model = model_of(
+        "g (float[8,32] x, float[32,32] w) => (float[8,32] y) "
+        "{ h = Gemm(x, w) r = Relu(h) y = Gemm <transB = 1> (r, w) }",
+        weights="w",
+    )
+    copy = quantized(model, planned(model, data()))
+    assert {"w_quantized", "w_quantized_1"} <= set(copy.graph.initializers)
+    assert "w" not in copy.graph.initializers
+    (expected,), (found,) = run(model, data()[0]), run(copy, data()[0])
+    np.testing.assert_allclose(found, expected, atol=0.1 * np.abs(expected).max())
+
+
+BODIES = {
+    "then": "y = If (c) <then_branch = t () => (float[8,32] u) { u = MatMul(r, w) }, "
+    "else_branch = e () => (float[8,32] v) { v = Add(x, r) }>",
+    "loop": "n = Constant <value = int64 {2}> () y = Loop (n, c, r) <body = l (int64 i, bool d, float[8,32] s) => "
+    "(bool f, float[8,32] u) { f = Identity(d) u = MatMul(s, w) }>",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies_keep_the_float_weight_and_activation_that_they_read(name: str) -> None:
+    model = model_of(
+        "g (bool c, float[8,32] x, float[32,32] w) => (float[8,32] y, float[8,32] z) "
+        f"{{ a = MatMul(x, w) r = Relu(a) z = MatMul(r, w) {BODIES[name]} }}",
+        weights="w",
+        scale=0.2,
+    )
+    batches = [{**batch, "c": np.array(True)} for batch in data()]
+    copy = quantized(model, planned(model, batches))
+    (body,) = [node for node in copy.graph if node.op_type in ("If", "Loop")]
+    products = [node for graph in subgraphs(body) for node in graph if node.op_type == "MatMul"]
+    assert [node.inputs[1] for node in products] == [copy.graph.initializers["w"]]
+    expected, found = run(model, batches[0]), run(copy, batches[0])
+    for before, after in zip(expected, found, strict=True):
+        np.testing.assert_allclose(after, before, atol=0.1 * np.abs(before).max())
+
+
+def test_weights_and_biases_that_are_outputs_stay() -> None:
+    model = model_of(
+        "g (float[8,32] x, float[32,32] w, float[32] b) => (float[8,32] y) { [fc] y = Gemm(x, w, b) }", weights="w b"
+    )
+    model.graph.outputs.extend([model.graph.initializers["w"], model.graph.initializers["b"]])
+    plan = planned(model, data())
+    shift = BiasPlan("fc", Edge("fc", 2), (0.5,) * 32)
+    copy = quantized(model, msgspec.structs.replace(plan, biases=(shift,)))
+    _, w, b = run(copy, data()[0])
+    np.testing.assert_array_equal(w, weight_of(model, "w"))
+    np.testing.assert_array_equal(b, weight_of(model, "b"))
+
+
+def test_a_shift_for_another_number_of_channels_is_refused() -> None:
+    plan = QuantPlan("a800", "int8", (), (), (), biases=(BiasPlan("fc1", Edge("fc1", 2), (0.5,) * 3),))
+    with pytest.raises(RecipeError, match="no bias of 3 channels"):
+        InsertQDQ(plan)(mlp())
 
 
 def test_a_weight_that_an_embedding_shares_stays_in_float_for_the_embedding() -> None:

@@ -62,13 +62,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "g (int64[2] ids, float[6,4] w) => (float[2,6] y) { x = Gather(w, ids) t = Transpose(w) y = MatMul(x, t) }",
         dict(output_axis=0, input_axis=1, inputs=4, outputs=6, reader="Transpose"),
     ),
+    "layers that share a transposed weight": (
+        "g (float[2,4] x, float[4,4] w) => (float[2,4] y) { t = Transpose(w) a = MatMul(x, t) y = MatMul(a, t) }",
+        dict(output_axis=0, input_axis=1, inputs=4, outputs=4, reader="Transpose"),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_sees_the_stored_weight(name: str) -> None:
     text, expected = CASES[name]
-    (linear,) = linears(graph_of(text))
+    linear, *_ = linears(graph_of(text))
     found = dict(
         output_axis=linear.output_axis,
         input_axis=linear.input_axis,
@@ -94,6 +98,13 @@ LEAVES_ALONE = {
     "weight is computed": "g (float[2,4] x, float[4,6] w) => (float[2,6] y) { r = Relu(w) y = MatMul(x, r) }",
     "vector weight": "g (float[2,4] x, float[4] w) => (float[2] y) { y = MatMul(x, w) }",
     "another domain": "g (float[2,4] x, float[4,6] w) => (float[2,6] y) { y = com.example.MatMul(x, w) }",
+    "its layers use it in different ways": "g (float[4,4] x, float[4,4] w) => (float[4,4] y, float[4,4] z) "
+    "{ t = Transpose(w) y = Gemm(x, t) z = Gemm <transB = 1> (x, t) }",
+    "weight and activation": "g (float[4,4] x, float[4,4] w) => (float[4,4] y, float[4,4] z) "
+    "{ t = Transpose(w) y = MatMul(x, t) z = MatMul(t, x) }",
+    "a subgraph reads the transposed weight": "g (bool c, float[4,4] x, float[4,4] w) => (float[4,4] y, float[4,4] z) "
+    "{ t = Transpose(w) y = MatMul(x, t) z = If (c) <then_branch = a () => (float[4,4] i) { i = MatMul(x, t) }, "
+    "else_branch = b () => (float[4,4] j) { j = Identity(x) }> }",
     "others read the transposed weight": "g (float[2,4] x, float[6,4] w) => (float[2,6] y, float[4,6] t) "
     "{ t = Transpose(w) y = MatMul(x, t) }",
 }
@@ -111,3 +122,9 @@ def test_an_add_that_is_no_bias_is_not_taken_for_one() -> None:
     (linear,) = linears(graph)
     assert linear.bias is None
     assert linear.output.name == "a"
+
+
+def test_a_vector_added_behind_a_weight_that_comes_first_is_no_bias() -> None:
+    graph = graph_of("g (float[4,4] x, float[4,4] w, float[4] b) => (float[4,4] y) { a = MatMul(w, x) y = Add(a, b) }")
+    (linear,) = linears(graph)
+    assert linear.bias is None
