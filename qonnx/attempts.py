@@ -1,7 +1,7 @@
 """From statistics to the quantized file: plan, write, compare, and try again with the most costly layers in float.
 
-What is chosen here - ranges, and layers to leave in float - is chosen on one held-back batch. How good the result is,
-is measured on others.
+What is chosen here - ranges, and layers to leave in float - is chosen on some held-back batches. How good the result
+is, is measured on others.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from qonnx.targets import Target
 # At most one layer in so many is left in float to reach the recipe's goal, and always one.
 _LARGEST_SHARE_LEFT = 4
 
+# What must be reached beyond the recipe's goal where choices are made, for it to be reached where they are judged.
+_GOAL_MARGIN_DB = 0.25
+
 # How many samples single layers are measured on: they are only ranked.
 _COST_SAMPLES = 4
 
@@ -55,7 +58,7 @@ class Job:
         recipe: resolved for the target.
         target: the consumer of the quantized graph.
         sample: some of the batches that calibration saw, for bias correction.
-        choose: the held-back batch that choices are made on.
+        choose: the held-back batches that choices are made on.
         digest: of the calibration data.
         file: where the quantized model is written.
     """
@@ -65,7 +68,7 @@ class Job:
     recipe: Recipe
     target: Target
     sample: Sequence[Batch]
-    choose: Batch
+    choose: Sequence[Batch]
     digest: str
     file: Path
 
@@ -76,7 +79,7 @@ class Attempt:
 
     Attributes:
         plan: what was written.
-        comparison: with the float model, on the batch that choices are made on.
+        comparison: with the float model, on the batches that choices are made on.
         bytes: of the weights.
         costs: what each layer alone does to the outputs, the worst first, where that was measured.
     """
@@ -111,8 +114,8 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
         latest = write(job, plan)
         if best is None or latest.sqnr_db > best.sqnr_db:
             best = latest
-        goal = job.recipe.goal_sqnr_db
-        if latest.sqnr_db >= goal or goal <= 0 or not plan.quantized_layers:
+        goal = job.recipe.goal_sqnr_db + _GOAL_MARGIN_DB
+        if latest.sqnr_db >= goal or job.recipe.goal_sqnr_db <= 0 or not plan.quantized_layers:
             break
         if not costs:
             costs = layer_costs(job.prepared, plan, _few_samples(job.prepared, job.sample[0], _COST_SAMPLES))
@@ -140,7 +143,7 @@ def write(job: Job, plan: QuantPlan) -> Attempt:
     _stamp(quantized, plan, job)
     save(quantized, job.file)
     _check_valid(job.file)
-    return Attempt(plan, compare(job.model, job.file, [job.choose]), parameters(quantized)[1])
+    return Attempt(plan, compare(job.model, job.file, list(job.choose)), parameters(quantized)[1])
 
 
 def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
@@ -152,7 +155,7 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
     if not isinstance(calibrator, Auto):
         return calibrated(values, statistics, calibrator, grid, symmetric=symmetric)
     tried = [calibrated(values, statistics, each, grid, symmetric=symmetric) for each in calibrator.candidates]
-    batch = _few_samples(job.prepared, job.choose, _AUTO_SAMPLES)
+    batch = _few_samples(job.prepared, job.choose[0], _AUTO_SAMPLES)
     per_tensor = least_disturbing(
         job.prepared,
         placement,

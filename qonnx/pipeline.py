@@ -122,8 +122,8 @@ def quantize(
 
     Args:
         model: path of a float ONNX model, or the model itself (it is not changed).
-        data: calibration batches, see `qonnx.data.batches`; one batch in four is held back, the first
-            of these to choose on, the others (up to three) to judge by.
+        data: calibration batches, see `qonnx.data.batches`; one batch in four is held back, up to
+            four; the first half of these serves to choose on, the other to judge by.
         output: where the quantized model goes. Nothing is written when anything fails.
         recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
         target: the consumer of the graph, see `qonnx.targets`.
@@ -162,9 +162,10 @@ def quantize(
         deque(stream, maxlen=0)  # what was not read yet: the steps below need some of it
         clock.lap("calibrate")
         file = folder / output.name
-        job = Job(model, prepared, chosen, consumer, sample, held.kept[0], held.digest, file)
+        half = max(1, len(held.kept) // 2)
+        job = Job(model, prepared, chosen, consumer, sample, held.kept[:half], held.digest, file)
         attempt = write(job, without_left_layers(given)) if given is not None else best_attempt(job, measured)
-        judged = held.kept[1:] or held.kept
+        judged = held.kept[half:] or held.kept
         comparison = compare(model, file, judged)
         clock.lap("plan, insert and compare")
         publish(folder, output.parent)
