@@ -53,7 +53,7 @@ def graph(body: str, extra: str = "", *, x: str = "float[4,64] x", y: str = "", 
     """
     y = y or f"float[{', '.join('abcd'[: x.partition(']')[0].count(',') + 1])}] y"
     model = ir.from_onnx_text(
-        f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1, "com.acme" : 1]>'
+        f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1, "com.acme" : 1, "trt" : 1]>'
         f"net ({x}) => ({y}) <{CONSTANTS}{', ' if extra else ''}{extra}> {{ {body} }}"
     )
     rng = np.random.default_rng(0)
@@ -178,6 +178,12 @@ ERROR_CASES = [
         REFUSED,
     ),
     Broken("E12", "x_Q", graph(f"{pair(zero='f8')} y = Relu(x_d)", "float8e4m3fn f8 = {0}"), REFUSED),
+    Broken(
+        "E12",
+        "f8",
+        graph("[f8] d = trt.TRT_FP8DequantizeLinear(w8, s) y = MatMul(x, d)", tensor("float8e4m3fn w8", 64, 64)),
+        REFUSED,
+    ),
     Broken("E13", "w4_DQ", int4((7, 65), (1, 65), 0, 7), REFUSED),
     Broken("E13", "w4_DQ", int4((64, 64), (2, 2), 0, 32), REFUSED),
     Broken("E13", "w4_DQ", int4((96, 64), (2, 64), 0, 64), SILENT),
@@ -337,6 +343,23 @@ def test_the_compiler_agrees(case: Broken, tmp_path: Path) -> None:
             build_engine(tmp_path / "net.onnx", tmp_path / "net.plan")
 
 
+FLOAT_CASES = [case for case in WARNING_CASES if case.rule in ("W1", "W2", "W3", "W4", "W6")]
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize(
+    ("model", "int8"),
+    [(case.model, False) for case in FLOAT_CASES] + [(graph(f"{pair()} {FC}"), True)],
+    ids=[f"{case.rule}-{case.node}" for case in FLOAT_CASES] + ["clean"],
+)
+def test_what_is_said_to_run_in_float_does(model: ir.Model, int8: bool, tmp_path: Path) -> None:
+    save(model, tmp_path / "net.onnx")
+    engine = build_engine(tmp_path / "net.onnx", tmp_path / "net.plan")
+    (product,) = (node for node in model.graph if node.op_type in ("Conv", "Gemm", "MatMul"))
+    name = product.name or f"node_of_{product.outputs[0].name}"
+    assert int8_nodes(engine.layers, [name])[0].int8 == int8
+
+
 def test_dynamic_sizes_need_a_range_and_inputs_a_rank(tmp_path: Path) -> None:
     model = graph("y = Relu(x)", x="float[batch,length] x, float[batch,length] other, float[3,?] third")
     findings = lint(model)
@@ -422,6 +445,13 @@ EXACT_CASES = [
     ("E2", graph(f"{pair()} w_d = DequantizeLinear<axis=1>(wu, s64, u64) y = MatMul(x_d, w_d)", WU)),
     ("E2", graph(f"{pair()} m = Transpose(wu) w_d = DequantizeLinear(m, s, u) y = MatMul(x_d, w_d)", WU)),
     ("E2", graph("i = DequantizeLinear(w16, s, h) y = Add(x, i)", f"int16 h = {{7}}, {tensor('int16 w16', 64)}")),
+    (
+        "E4",
+        graph(
+            f"{pair()} w_d = DequantizeLinear<axis=1>(w, dead, z64) y = MatMul(x_d, w_d)",
+            f"float[64] dead = {{{', '.join(['0', '0.5'] * 32)}}}",
+        ),
+    ),
     ("E7", graph(f"{pair()} {DQ_W} b_d = DequantizeLinear(wb, s) y = Gemm(x_d, w_d, b_d)", tensor("int32 wb", 64))),
     (
         "E7",

@@ -65,8 +65,9 @@ def lint(model: ir.Model | str | os.PathLike[str], *, target: str = "a800") -> t
 def fix(model: ir.Model | str | os.PathLike[str], *, target: str = "a800", exact_only: bool = False) -> Fixed:
     """Repairs what can be repaired without calibration data.
 
-    Most repairs change no value. Codes with a zero point other than 0 are moved to the symmetric grid that covers the
-    same range, which rounds differently: `Fix.exact` tells, `qonnx.compare` measures.
+    Most repairs change no value. Two are approximate, for codes with a zero point that cannot be shifted to 0: the pair
+    is removed where all that reads it computes in float, and gets the symmetric grid of the same range elsewhere.
+    `Fix.exact` tells, and `qonnx.compare` measures what came of it.
 
     Args:
         model: an ONNX file or a graph; left as it is.

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qonnx.graph import FLOAT_TYPES
 from qonnx.linter.findings import Finding, Repair, Severity
-from qonnx.linter.fixes import bias_repair
+from qonnx.linter.fixes import bias_repair, dead_channels_repair
 from qonnx.linter.grid import regrid_repair
 from qonnx.linter.moves import move_repair
 from qonnx.linter.retype import retype_repair
@@ -35,6 +35,9 @@ _HALVES = frozenset({ir.DataType.INT4, ir.DataType.FLOAT4E2M1})
 
 # The smallest compute capability whose tensor cores multiply a type.
 _NEEDS_CAPABILITY = {ir.DataType.FLOAT8E4M3FN: (8, 9), ir.DataType.FLOAT4E2M1: (10, 0)}
+
+# What TensorRT's own operators, which NVIDIA's tools write into ONNX, begin with.
+_TENSORRT_OPS = {"TRT_FP8": ("float8e4m3fn", (8, 9)), "TRT_MXFP8": ("mxfp8", (10, 0)), "TRT_FP4": ("fp4", (10, 0))}
 
 # Operators of ONNX that the parser does not have, among them all that compute on integers with zero points.
 _INTEGER_OPS = frozenset({"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
@@ -73,9 +76,9 @@ def e1_zero_point(site: Site) -> Finding | None:
         return None
     first = int(zeros.reshape(-1)[np.flatnonzero(zeros.reshape(-1))[0]])
     repair = regrid_repair(quantizer)
-    remedy = "quantize with symmetric ranges: zero point 0"
+    remedy = "quantize with symmetric ranges"
     if repair is Repair.APPROXIMATE:
-        remedy += "; no other zero point can be taken away exactly, since the scale changes with it"
+        remedy += " (no exact repair: another zero point means another scale)"
     return site.error("E1", f"{_named(quantizer)} have zero point {first}, and TensorRT only has 0", remedy, repair)
 
 
@@ -132,6 +135,7 @@ def e4_scale(site: Site) -> Finding | None:
         "E4",
         f"the scale of {_named(quantizer)} is {scales[bad[0]]:g}{where}",
         "calibrate again; where a range is empty any positive scale will do",
+        dead_channels_repair(quantizer),
     )
 
 
@@ -198,10 +202,11 @@ def e7_quantized_bias(site: Site) -> Finding | None:
 def e8_constant_before_dequantize(site: Site) -> Finding | None:
     """E8: an int8 constant is read by a DequantizeLinear and by nothing else.
 
-    The builder: a quantized constant is only allowed before DQ. Any operator between them is refused, Identity too.
+    The builder: a quantized constant is only allowed before DQ or a plugin. Any operator between them is refused,
+    Identity too.
     """
     node = site.node
-    if site.quantizer is not None or e9_operator(site) is not None or _makes_zero_point(node):
+    if site.quantizer is not None or node.domain not in ONNX_DOMAINS or _makes_zero_point(node) or e9_operator(site):
         return None
     # Bounds of a Clip and the fill of a Pad become parameters of the layer.
     for value in node.inputs[:1] if is_op(node, frozenset({"Clip", "Pad"})) else node.inputs:
@@ -293,17 +298,19 @@ def e12_format(site: Site) -> Finding | None:
     The builder refuses FP8 for sm_80, because the model "contains HW-specific datatypes". Tensor cores multiply FP8
     from sm_89 on, and FP4 from sm_100 on.
     """
-    quantizer = _own(site)
-    needed = _NEEDS_CAPABILITY.get(quantizer.dtype) if quantizer is not None and quantizer.dtype else None
-    if quantizer is None or needed is None or site.capability >= needed:
+    quantizer, operator = _own(site), site.node.op_type
+    dtype = quantizer.dtype if quantizer is not None else None
+    what, name, needed = "", "", (0, 0)
+    if quantizer is not None and dtype is not None and dtype in _NEEDS_CAPABILITY:
+        what, name, needed = f"{_named(quantizer)} are", dtype.name.lower(), _NEEDS_CAPABILITY[dtype]
+    for prefix, (computes_in, capability) in _TENSORRT_OPS.items():
+        if operator.startswith(prefix):
+            what, name, needed = f"{operator} computes in", computes_in, capability
+    if site.capability >= needed:
         return None
     have, want = "".join(map(str, site.capability)), "".join(map(str, needed))
-    return site.error(
-        "E12",
-        f"{_named(quantizer)} are {quantizer.dtype.name.lower() if quantizer.dtype else ''}, which needs sm_{want}; "
-        f"the target is sm_{have}",
-        f"use int8, or a target of sm_{want}",
-    )
+    message = f"{what} {name}, which needs sm_{want}; the target is sm_{have}"
+    return site.error("E12", message, f"use int8, or a target of sm_{want} or later")
 
 
 def e13_blocks(site: Site) -> Finding | None:

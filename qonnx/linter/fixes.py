@@ -23,9 +23,38 @@ from qonnx.linter.view import (
     readers,
     same_parameters,
 )
-from qonnx.numerics import Dtype, quantize
+from qonnx.numerics import Dtype, PerAxis, quantize
 
 _DTYPES = {dtype.onnx: dtype for dtype in Dtype}
+
+
+def dead_channels_repair(quantizer: Quantizer) -> Repair:
+    """Whether the only bad scales of this DequantizeLinear are zeros, and it reads a constant."""
+    scales = np.asarray(quantizer.scales)
+    known = not quantizer.quantizes and _is_stored(quantizer) and not quantizer.block_size
+    return Repair.EXACT if known and bool(((scales >= 0) & np.isfinite(scales)).all()) else Repair.NONE
+
+
+def positive_scales(editor: Editor, node: ir.Node) -> Outcome | None:
+    """E4: a channel with scale 0 stands for zeros whatever its codes are: so do codes of 0 with scale 1."""
+    quantizer = quantizer_of(node)
+    if quantizer is None or quantizer.scales is None or dead_channels_repair(quantizer) is Repair.NONE:
+        return None
+    tensor, dead, before = stored(quantizer.data), quantizer.scales == 0, quantizer.scales
+    _, zero, granularity = quantizer.parameters
+
+    def make() -> Array:
+        codes = tensor.numpy()
+        channels = [1] * codes.ndim
+        if isinstance(granularity, PerAxis):
+            channels[granularity.axis] = -1
+        return np.where(dead.reshape(channels), zero.reshape(channels), codes)
+
+    codes = editor.lazy(f"{quantizer.data.name}_dead", ir.Shape(tensor.shape.numpy()), tensor.dtype, make)
+    scale = editor.array(f"{stem_of(quantizer)}_scale", np.where(dead, 1, before).astype(before.dtype))
+    editor.set_input(node, 0, codes)
+    editor.set_input(node, 1, scale)
+    return Outcome("scale of all-zero channels set to 1", True)
 
 
 def broadcast_zero_point(editor: Editor, node: ir.Node) -> Outcome | None:
@@ -143,15 +172,17 @@ def _folded_reader(quantizer: Quantizer) -> tuple[ir.Value, Array | None, Array 
 def clip_bounds(node: ir.Node) -> tuple[Array, Array] | None:
     """The bounds of a Clip that has both as constants."""
     bounds = [parameter(value) if value is not None else None for value in node.inputs[1:3]]
-    if len(bounds) < 2 or bounds[0] is None or bounds[1] is None:
+    low, high = (*bounds, None, None)[:2]
+    if low is None or high is None or low.size != 1 or high.size != 1:
         return None
-    return bounds[0], bounds[1]
+    return low, high
 
 
 REPAIRS: Mapping[str, Repairer] = {
     "E1": regrid,
     "E2": regrid,
     "E3": regrid,
+    "E4": positive_scales,
     "E5": broadcast_zero_point,
     "E7": float_bias,
     "E8": move_behind,

@@ -18,6 +18,7 @@ from qonnx.linter.view import (
     is_constant,
     is_op,
     name_of,
+    permutation,
     quantizer_of,
     readers,
     sizes_of,
@@ -92,8 +93,7 @@ def _axis_before(path: list[ir.Node], last: Quantizer) -> int | None:
         return None
     axis = last.axis % rank
     for node in reversed(path):
-        if node.op_type == "Transpose":
-            axis = node.attributes.get_ints("perm", tuple(reversed(range(rank))))[axis]
+        axis = permutation(node, rank)[axis]
     return axis
 
 

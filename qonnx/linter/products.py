@@ -10,6 +10,7 @@ from qonnx.linter.view import (
     Quantizer,
     is_op,
     path_to_source,
+    permutation,
     quantizer_of,
     sizes_of,
     source_of,
@@ -46,8 +47,7 @@ def per_axis_weight(value: ir.Value | None) -> tuple[Quantizer, int, int] | None
         return None  # E6
     axis = found.axis % rank
     for node in reversed(transposes):
-        if node.op_type == "Transpose":
-            axis = node.attributes.get_ints("perm", tuple(reversed(range(rank)))).index(axis)
+        axis = permutation(node, rank).index(axis)
     return found, axis, rank
 
 

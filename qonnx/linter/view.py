@@ -201,13 +201,21 @@ def name_of(node: ir.Node) -> str:
 
 
 def is_op(node: ir.Node | None, op_types: frozenset[str]) -> bool:
-    """Whether a node is one of these ONNX operators."""
-    return node is not None and node.op_type in op_types and node.domain in ONNX_DOMAINS
+    """Whether a node is one of these ONNX operators, and reads and writes something."""
+    known = node is not None and node.op_type in op_types and node.domain in ONNX_DOMAINS
+    return known and node is not None and len(node.inputs) > 0 and len(node.outputs) > 0
 
 
 def is_mover(node: ir.Node | None) -> bool:
     """Whether a node only moves the elements of its first input."""
     return is_op(node, MOVERS)
+
+
+def permutation(node: ir.Node, rank: int) -> tuple[int, ...]:
+    """Which axis of its input each axis of a Transpose's output is; Identity, and what is invalid, moves none."""
+    default = tuple(reversed(range(rank))) if node.op_type == "Transpose" else tuple(range(rank))
+    given = tuple(node.attributes.get_ints("perm", default))
+    return given if sorted(given) == list(range(rank)) else tuple(range(rank))
 
 
 def is_constant(value: ir.Value) -> bool:

@@ -180,7 +180,7 @@ def w7_residual(site: Site) -> Finding | None:
     QuantizeLinear behind the Add is a kernel of its own. The convolution's own output is left alone.
     """
     node = site.node
-    if not is_op(node, frozenset({"Add"})) or not _is_quantized_behind(node.outputs[0]):
+    if not is_op(node, frozenset({"Add"})) or len(node.inputs) != 2 or not _is_quantized_behind(node.outputs[0]):
         return None
     fused = [is_quantized_convolution(value) for value in node.inputs]
     if not any(fused):
