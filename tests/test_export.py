@@ -414,6 +414,12 @@ def test_disagreement(expected: Any, result: Any, problem: str | None) -> None:
             raise AssertionError(found)
 
 
+def test_dynamic_shapes_without_names_are_refused() -> None:
+    module = Call(lambda linear, x: x)
+    with pytest.raises(ExportError, match="give the names of axes by argument"):
+        inputs.bind(module, (torch.zeros(2, 3),), ({0: "n"},))  # type: ignore[arg-type]
+
+
 def test_other_sizes_keep_elements_valid() -> None:
     module = Call(lambda linear, x, y: x)
     bound = inputs.bind(module, (torch.arange(6).reshape(2, 3),), {"x": {0: "n", 1: "m"}})

@@ -106,6 +106,11 @@ def _name_axes(
     arguments: Mapping[str, Any], dynamic_shapes: Mapping[str, Any], kind: str
 ) -> tuple[tuple[dict[int, str], ...], dict[str, Any] | None]:
     """Walks arguments and names side by side; one torch dimension per name."""
+    if not isinstance(dynamic_shapes, Mapping):
+        raise ExportError(
+            f"dynamic_shapes is a {type(dynamic_shapes).__name__}: give the names of axes by argument, such as "
+            f"{{{next(iter(arguments), 'x')!r}: {{0: 'batch'}}}}"
+        )
     if unknown := sorted(set(dynamic_shapes) - set(arguments)):
         raise ExportError(
             f"dynamic_shapes names {unknown[0]!r}, which is no argument of {kind}; arguments: {', '.join(arguments)}"
