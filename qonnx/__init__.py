@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qonnx.engine import build_engine
     from qonnx.errors import QonnxError
     from qonnx.exporter import export
+    from qonnx.linter import lint
     from qonnx.pipeline import Result, calibrate, quantize
     from qonnx.plan import QuantPlan
     from qonnx.recipe import Recipe
@@ -29,6 +30,7 @@ _HOMES = {
     "calibrate": "qonnx.pipeline",
     "compare": "qonnx.comparison",
     "export": "qonnx.exporter",
+    "lint": "qonnx.linter",
     "quantize": "qonnx.pipeline",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "calibrate",
     "compare",
     "export",
+    "lint",
     "quantize",
 ]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qonnx.errors import EngineError, OutputError, QonnxError, RecipeError
+from qonnx.errors import DataError, EngineError, OutputError, QonnxError, RecipeError
 from qonnx.progress import batch_count, calibrating, working
 
 if TYPE_CHECKING:
@@ -314,6 +314,73 @@ def engine(
 
 
 @app.command()
+def roofline(
+    model: Model,
+    device: Annotated[str, typer.Option(metavar="NAME|FILE", help="A device such as a800, or a YAML file.")] = "a800",
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SIZE", help="Size of a dynamic dimension, such as batch=8; the batch is 1 if not given."
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Predict what this plan gains.", show_default=False)
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
+    json: Json = None,
+) -> None:
+    """Predict the least time on a GPU in FP16, INT8 and INT4, and which layers gain nothing; this needs no GPU."""
+    from qonnx.roofline import roofline as run
+    from qonnx.roofline import unprofitable
+    from qonnx.tables import roofline_tables
+
+    _check_distinct([path for path in (model, plan) if path is not None], json)
+    with _writing(json) as write_json, working("predicting"):
+        result = run(model, device, dims=_sizes(dim or ()), plan=plan)
+        write_json(_json(result))
+    _print(roofline_tables(result, unprofitable(result), layers))
+
+
+@app.command()
+def lint(
+    model: Annotated[Path, typer.Argument(metavar="QUANTIZED.onnx", help="A quantized graph of any tool.")],
+    target: TargetName = "a800",
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired, and write it to --output.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="With --fix: only repairs that change no result.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where --fix writes the repaired model.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print findings and repairs as JSON.")] = False,
+) -> None:
+    """Find what TensorRT refuses, misreads or runs in float; exit code 1 if errors are left."""
+    from qonnx import linter
+    from qonnx.errors import OutputError
+    from qonnx.graph import save
+    from qonnx.linter.table import findings_table, fixes_table
+
+    if fix != (output is not None):
+        raise OutputError("--fix and --output belong together: qonnx lint MODEL.onnx --fix -o FIXED.onnx")
+    fixed = linter.fix(model, target=target, exact_only=exact) if fix else None
+    findings = linter.lint(model, target=target) if fixed is None else fixed.findings
+    if fixed is not None and output is not None:
+        save(fixed.model, output)
+    if json:
+        import msgspec
+
+        report = {"findings": findings, "fixes": () if fixed is None else fixed.fixes}
+        typer.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        if fixed is not None and fixed.fixes:
+            console.print(fixes_table(fixed.fixes))
+        console.print(findings_table(findings))
+    if any(finding.severity is linter.Severity.ERROR for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only this one.", show_default=False)] = None,
 ) -> None:
@@ -376,6 +443,16 @@ def _json(result: object) -> str:
     import msgspec
 
     return msgspec.json.encode(result).decode()
+
+
+def _sizes(options: Iterable[str]) -> dict[str, int]:
+    sizes = {}
+    for option in options:
+        name, _, size = option.rpartition("=")
+        if not name or not size.isdecimal():
+            raise DataError(f"--dim {option}: give NAME=SIZE, such as batch=8")
+        sizes[name] = int(size)
+    return sizes
 
 
 def _dims(options: Iterable[str]) -> dict[str, tuple[int, int, int]]:

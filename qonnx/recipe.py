@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from qonnx.calibrators import Auto, Average, Calibrator, MinMax
-from qonnx.errors import RecipeError, TargetError
+from qonnx.errors import RecipeError
 from qonnx.numerics import Dtype, PerTensor
-from qonnx.targets import Target
+from qonnx.targets import Target, check_types
 
 
 class Format(enum.StrEnum):
@@ -120,8 +120,7 @@ def resolve(recipe: Recipe, target: Target) -> Recipe:
     dtype = recipe.activations.dtype
     if dtype is msgspec.UNSET:
         dtype = target.activations[0]
-    _check("activations", dtype, target.activations, target)
-    _check("weights", recipe.weights.dtype, target.weights, target)
+    check_types(target, dtype, recipe.weights.dtype)
     return msgspec.structs.replace(recipe, activations=msgspec.structs.replace(recipe.activations, dtype=dtype))
 
 
@@ -168,11 +167,6 @@ def _apply(document: dict[str, Any], setting: str) -> None:
         document[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"setting {setting!r}: the value is not readable as YAML") from error
-
-
-def _check(role: str, dtype: Dtype, allowed: tuple[Dtype, ...], target: Target) -> None:
-    if dtype not in allowed:
-        raise TargetError(f"{role} in {dtype} do not run on {target.name}; use {' or '.join(allowed)}")
 
 
 def _explain(error: msgspec.ValidationError) -> str:

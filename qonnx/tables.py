@@ -7,10 +7,14 @@ to a terminal and into a pipe.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
+
+from qonnx.devices import Format
+from qonnx.plan import LayerPlan
+from qonnx.roofline import Variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -19,7 +23,8 @@ if TYPE_CHECKING:
     from qonnx.engine import EngineLayer, EngineReport
     from qonnx.engine.listing import NodePrecision
     from qonnx.pipeline import Result
-    from qonnx.plan import LayerPlan, QuantPlan
+    from qonnx.plan import QuantPlan
+    from qonnx.roofline import Roofline
     from qonnx.sensitivity import LayerCost
 
 # How many layers a list names before it only counts the rest.
@@ -100,6 +105,54 @@ def engine_tables(report: EngineReport, products: Sequence[NodePrecision], layer
         rows = [("reads", "writes", "kernel"), *map(_kernel, report.layers)]
         lines += [Text(), Text("kernels in order of execution", _TITLE), *_rows(rows, right=0)]
     return lines
+
+
+def roofline_tables(result: Roofline, unprofitable: Mapping[str, str], layers: bool = False) -> list[Text]:
+    """The speed-up at best, then the slowest layers with what bounds them, and those that gain too little."""
+    device = result.device
+    variants = [variant for variant in Variant if variant is not Variant.PLAN or result.has_plan]
+    best = variants[-1] if result.has_plan else Variant.INT8
+    dims = ", ".join(f"{name} {size}" for name, size in result.dims.items())
+    verdict = f"{best} at most {result.speedup(best):.2f} times as fast as fp16 on {device.description}"
+    lines = [Text(verdict + (f" with {dims}" if dims else ""), _TITLE)]
+    ridges = ", ".join(f"{device.ridge(fmt):.0f} in {fmt}" for fmt in (Format.FP16, Format.INT8))
+    facts = [
+        *((str(v), f"{_time(result.seconds(v))} at least, {result.speedup(v):.2f} x") for v in variants),
+        ("arithmetic", f"{result.flop / 2e9:.3f} GMAC"),
+        ("ridge", f"{ridges} FLOP per byte: below it a layer is bound by memory"),
+        ("figures", f"{device.source}{'; ' if device.note else ''}{device.note}"),
+        (
+            "assumes",
+            "the whole peak or bandwidth, fused element-wise operators, free launches: real kernels are slower",
+        ),
+    ]
+    lines += [Text(), *_rows(facts, right=0), *(Text(f"note: {note}") for note in result.notes)]
+    ordered = sorted(result.layers, key=lambda layer: -layer.work[Variant.FP16].seconds(device))
+    shown = ordered if layers else ordered[:_ROWS]
+    rows = [("FLOP/B", "bound", *(f"{variant} us" for variant in variants), "")]
+    for layer in shown:
+        work = layer.work[Variant.FP16]
+        times = (f"{layer.work[variant].seconds(device) * 1e6:.2f}" for variant in variants)
+        name = f"{layer.path or layer.node} ({layer.op})"
+        rows.append((f"{work.intensity:.1f}", str(work.bound(device)), *times, name))
+    rest = ordered[len(shown) :]
+    if rest:
+        times = (f"{sum(x.work[v].seconds(device) for x in rest) * 1e6:.2f}" for v in variants)
+        rows.append(("", "", *times, f"... and {len(rest)} more"))
+    for other in result.others:
+        times = (f"{other.bytes[variant] / device.bandwidth * 1e6:.2f}" for variant in variants)
+        rows.append(("", "memory", *times, f"{other.count} {other.op}"))
+    lines += [Text(), Text("layers, slowest first", _TITLE), *_rows(rows, right=2 + len(variants))]
+    if unprofitable:
+        left = [
+            LayerPlan(x.node, x.op, "", x.path, unprofitable[x.node]) for x in result.layers if x.node in unprofitable
+        ]
+        lines += [Text(), Text("not worth quantizing at these sizes", _TITLE), *_by_reason(left)]
+    return lines
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
 def _verdict(outputs: Sequence[Difference]) -> str:

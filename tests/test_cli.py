@@ -575,6 +575,32 @@ def test_the_whole_way(qonnx_: Qonnx, folder: Path, monkeypatch: pytest.MonkeyPa
     assert done.out.splitlines()[0].endswith("on 3 batches")
 
 
+def test_lint_finds_and_repairs(qonnx_: Qonnx, folder: Path) -> None:
+    clean = qonnx_("lint quantized.onnx --json")
+    assert (clean.code, clean.err) == (0, "")
+    assert not [entry for entry in json.loads(clean.out)["findings"] if entry["severity"] == "error"]
+    text = "g (float[4,32] x, float[32,32] w, float s, uint8 z) => (float[4,32] y) "
+    nodes = "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, w) }"
+    bad = model_of(text + nodes, weights="w s z", scale=3.0)
+    for name, value in (("s", np.float32(0.1)), ("z", np.uint8(128))):
+        bad.graph.initializers[name].const_value = ir.tensor(value, name=name)
+    ir.save(bad, folder / "bad.onnx")
+    found = qonnx_("lint bad.onnx --json")
+    assert found.code == 1
+    assert {entry["severity"] for entry in json.loads(found.out)["findings"]} >= {"error"}
+    fixed = qonnx_("lint bad.onnx --fix -o fixed.onnx")
+    assert (fixed.code, fixed.err) == (0, "")
+    assert qonnx_("lint fixed.onnx").code == 0
+    assert_refused(qonnx_("lint bad.onnx --fix"), folder, listing(folder), "--output")
+
+
+def test_the_roofline_needs_no_gpu(qonnx_: Qonnx, folder: Path) -> None:
+    done = qonnx_("roofline model.onnx --device a800 --dim batch=8")
+    assert (done.code, done.err) == (0, "")
+    assert "int8" in done.out
+    assert_refused(qonnx_("roofline model.onnx --device a801"), folder, listing(folder), "a801")
+
+
 def test_everything_quantize_writes(qonnx_: Qonnx, folder: Path) -> None:
     done = qonnx_(QUANTIZE + " --save-plan made.json --json run.json")
     assert done.code == 0
