@@ -53,7 +53,8 @@ def main(name: str) -> None:
     console.print("compiling for sm_80 ...")
     dims = {axis: DIMS[axis] for axes in example.dynamic_shapes.values() for axis in axes.values() if axis in DIMS}
     engine = qonnx.build_engine(result.output, folder / "model.plan", target="a800", dims=dims)
-    console.print(*result_tables(result))
+    for line in result_tables(result):
+        console.print(line, soft_wrap=True)
     table = Table("", "float", "INT8", title=f"{name}: {before.metric} on {before.samples} test samples")
     table.add_row(before.metric, f"{before.value:.2f} % ± {before.standard_error:.2f}", f"{after.value:.2f} %")
     files = [sum(file.stat().st_size for file in folder.glob(stem)) for stem in ("model.onnx*", "quantized.onnx*")]
