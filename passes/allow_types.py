@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qonnx.errors import TargetError
 from qonnx.graph import FLOAT_TYPES
 from qonnx.passes.raise_opset import RaiseOpset
 from qonnx.plan import QuantPlan
@@ -55,3 +56,13 @@ def _computes_in_short_floats(graph: ir.Graph, nodes: set[str]) -> bool:
     short = FLOAT_TYPES - {ir.DataType.FLOAT}
     readers = (node for node in graph if node.name in nodes)
     return any(value is not None and value.dtype in short for node in readers for value in node.inputs)
+
+
+def need_onnxruntime(plan: QuantPlan, what: str) -> None:
+    """Refuses to write operators for TensorRT that its importer does not know.
+
+    Raises:
+        TargetError: the plan is for another target than ONNX Runtime.
+    """
+    if not plan.target.startswith("ort-"):
+        raise TargetError(f"{what} cannot be imported on target {plan.target}; use format qdq, or target ort-cpu")

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from qonnx.errors import TargetError
 from qonnx.graph import Names, constant, is_initializer, rank
 from qonnx.numerics import Blocked, Dtype, scale_shape
-from qonnx.passes.allow_types import AllowTypes
+from qonnx.passes.allow_types import AllowTypes, need_onnxruntime
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.writer import Writer, take_over
 from qonnx.plan import QuantPlan, TensorPlan
@@ -48,8 +48,10 @@ class InsertCodebook(ir.passes.InPlacePass):
 
         Raises:
             RecipeError: the plan names a node, value or edge that the graph does not have.
-            TargetError: an activation is float4e2m1, or the blocks of a weight do not divide its axis.
+            TargetError: an activation is float4e2m1, the blocks of a weight do not divide its axis, or the target does
+                not take uint4.
         """
+        need_onnxruntime(self.plan, "uint4 weights")
         for tensor in self.plan.activations:
             if tensor.dtype is Dtype.FLOAT4E2M1:
                 raise TargetError(f"activation {tensor.value!r}: only weights can be looked up in a codebook; use int4")

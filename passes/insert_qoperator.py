@@ -28,8 +28,8 @@ import onnx_ir as ir
 
 from qonnx.errors import TargetError
 from qonnx.graph import Names, rank
-from qonnx.numerics import Blocked, Dtype, PerTensor
-from qonnx.passes.allow_types import AllowTypes
+from qonnx.numerics import Dtype, PerTensor
+from qonnx.passes.allow_types import AllowTypes, need_onnxruntime
 from qonnx.passes.gather_codes import GatherCodes
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.integer_products import (
@@ -38,6 +38,7 @@ from qonnx.passes.integer_products import (
     check_conv,
     check_matmul,
     conv_attributes,
+    dequantize_behind,
     integers_of,
     product,
 )
@@ -72,10 +73,9 @@ class InsertQOperator(ir.passes.InPlacePass):
 
         Raises:
             RecipeError: the plan names a node, value or edge that the graph does not have.
-            TargetError: integer operators do not take a type or granularity of the plan, or the target has no
-                operators of com.microsoft.
+            TargetError: integer operators do not take a type or granularity of the plan, or the target has none.
         """
-        _check(self.plan, self.operators)
+        _check(self.plan)
         plan = msgspec.structs.replace(self.plan, activations=tuple(map(_unsigned, self.plan.activations)))
         AllowTypes(plan, _OPSET)(model)
         modified = InsertQDQ(plan)(model).modified
@@ -89,9 +89,8 @@ class InsertQOperator(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _check(plan: QuantPlan, operators: Operators) -> None:
-    if operators is Operators.MICROSOFT and not plan.target.startswith("ort-"):
-        raise TargetError(f"operators of com.microsoft do not run on {plan.target}; use target ort-cpu")
+def _check(plan: QuantPlan) -> None:
+    need_onnxruntime(plan, "QLinearConv and MatMulInteger")
     for tensor in plan.activations:
         if tensor.dtype not in (Dtype.INT8, Dtype.UINT8) or not isinstance(tensor.granularity, PerTensor):
             raise TargetError(
@@ -100,12 +99,6 @@ def _check(plan: QuantPlan, operators: Operators) -> None:
             )
         if not tensor.scale:
             raise TargetError(f"activation {tensor.value!r} has no scale: calibrate it, or use format dynamic")
-    for tensor in plan.weights:
-        if not tensor.dtype.is_integer or tensor.dtype.bits > 8 or isinstance(tensor.granularity, Blocked):
-            raise TargetError(
-                f"weight {tensor.value!r}: integer operators take at most 8 bits with one scale per tensor or channel, "
-                f"not {tensor.dtype} {tensor.granularity.__struct_config__.tag}; use that, or format qdq"
-            )
 
 
 def _unsigned(tensor: TensorPlan) -> TensorPlan:
@@ -118,21 +111,21 @@ def _unsigned(tensor: TensorPlan) -> TensorPlan:
 
 def _convert(write: Writer, operators: Operators) -> None:
     node = write.node
-    if node.op_type in _LAYERS:
-        left, right = integers_of(node.inputs[0]), integers_of(node.inputs[1])
-        if left is not None and right is not None:
-            try:
-                _write_layer(write, left, right, operators)
-            except NoIntegerFormError as error:
-                raise TargetError(
-                    f"node {node.name!r} ({node.op_type}) cannot run on integers: {error}; leave it in float, or use "
-                    "format qdq"
-                ) from error
+    if node.op_type in _LAYERS and all(map(dequantize_behind, node.inputs[:2])):
+        try:
+            _write_layer(write, integers_of(node.inputs[0]), integers_of(node.inputs[1]), operators)
+        except NoIntegerFormError as error:
+            raise TargetError(
+                f"node {node.name!r} ({node.op_type}) cannot run on integers: {error}; leave it in float, or use "
+                "format qdq"
+            ) from error
     elif not _move(write) and operators is Operators.MICROSOFT:
         write_simple(write)
 
 
-def _write_layer(write: Writer, left: Integers, right: Integers, operators: Operators) -> None:
+def _write_layer(write: Writer, left: Integers | None, right: Integers | None, operators: Operators) -> None:
+    if left is None or right is None:
+        raise NoIntegerFormError("an operand has more than 8 bits, or is not an integer")
     output = write.node.outputs[0]
     ending = ending_of(output)
     if ending is not None and (codes := _quantized(write, left, right, ending, operators)) is not None:

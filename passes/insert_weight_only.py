@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Blocked, Dtype
-from qonnx.passes.allow_types import AllowTypes
+from qonnx.passes.allow_types import AllowTypes, need_onnxruntime
 from qonnx.passes.gather_codes import GatherCodes
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.matmul_nbits import WriteMatMulNBits
@@ -57,8 +57,8 @@ class InsertWeightOnly(ir.passes.InPlacePass):
             TargetError: the target does not take a type or granularity of the plan, or has no MatMulNBits.
         """
         on_onnxruntime = self.plan.target.startswith("ort-")
-        if self.operators is Operators.MICROSOFT and not on_onnxruntime:
-            raise TargetError(f"MatMulNBits does not run on {self.plan.target}; use target ort-cpu")
+        if self.operators is Operators.MICROSOFT:
+            need_onnxruntime(self.plan, "MatMulNBits")
         if self.plan.activations:
             value = self.plan.activations[0].value
             raise RecipeError(f"the plan quantizes activation {value!r}; use format qdq, or a plan with weights alone")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qonnx.errors import RecipeError, TargetError
 from qonnx.graph import Names
-from qonnx.passes.allow_types import AllowTypes
+from qonnx.passes.allow_types import AllowTypes, need_onnxruntime
 from qonnx.passes.gather_codes import GatherCodes
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.integer_products import Integers, NoIntegerFormError, integers_of, product
@@ -35,10 +35,11 @@ def insert_on_integers(model: ir.Model, plan: QuantPlan, origin: str, measure: M
 
     Raises:
         RecipeError: the plan names a node, value or edge that the graph does not have.
-        TargetError: a layer has no integer form.
+        TargetError: a layer has no integer form, or the target no integer operators.
     """
     dynamic = tuple(tensor for tensor in plan.activations if not tensor.scale)
     static = tuple(tensor for tensor in plan.activations if tensor.scale)
+    need_onnxruntime(plan, "MatMulInteger and ConvInteger")
     rest = msgspec.structs.replace(plan, activations=static)
     AllowTypes(rest, opset if dynamic else 1)(model)
     modified = InsertQDQ(rest)(model).modified

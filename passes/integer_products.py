@@ -58,41 +58,46 @@ class Integers:
         return replace(self, axis=axis, perm=tuple(self.perm[i] for i in perm) if self.perm else perm)
 
 
-def integers_of(value: ir.Value | None) -> Integers | None:
-    """The integers behind a float value: of a DequantizeLinear, seen through Transpose, Identity and Cast.
-
-    None where there is none, and where the codes are not integers of at most 8 bits.
-    """
+def dequantize_behind(value: ir.Value | None) -> tuple[ir.Node, list[ir.Node]] | None:
+    """The DequantizeLinear that makes a value, and the Transpose, Identity and Cast nodes behind it, the last first."""
     path = []
     node = None if value is None else value.producer()
     while node is not None and node.op_type in _PATH and node.domain == "":
         path.append(node)
         node = None if node.inputs[0] is None else node.inputs[0].producer()
-    if node is None or node.op_type != "DequantizeLinear" or node.domain != "":
+    return None if node is None or node.op_type != "DequantizeLinear" or node.domain != "" else (node, path)
+
+
+def integers_of(value: ir.Value | None) -> Integers | None:
+    """The integers behind a float value: of a DequantizeLinear, seen through Transpose, Identity and Cast.
+
+    None where there is none, and where the codes are not integers of at most 8 bits.
+    """
+    found = dequantize_behind(value)
+    if found is None:
         return None
-    codes, scale = node.inputs[0], node.inputs[1]
-    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+    node, path = found
+    codes, scale, zero_point = [*node.inputs, None][:3]
     if codes is None or scale is None or codes.dtype is None:
         return None
     if not codes.dtype.is_integer() or codes.dtype.bitwidth > 8:
         return None
-    size, turned = rank(codes), any(step.op_type == "Transpose" for step in path)
+    size, turned = rank(codes), [step for step in path if step.op_type == "Transpose"]
     if size is None and (rank(scale) != 0 or turned):
         return None
     axis = node.attributes.get_int("axis", 1) % (size or 1) if rank(scale) else None
-    found = Integers(codes, scale, zero_point, axis, block_size=node.attributes.get_int("block_size", 0))
-    for step in reversed(path):
-        if step.op_type == "Transpose":
-            backwards = tuple(reversed(range(size or 0)))
-            found = found.transposed(tuple(step.attributes.get_ints("perm", backwards)))
-    return found
+    integers = Integers(codes, scale, zero_point, axis, block_size=node.attributes.get_int("block_size", 0))
+    for step in reversed(turned):
+        backwards = tuple(reversed(range(size or 0)))
+        integers = integers.transposed(tuple(step.attributes.get_ints("perm", backwards)))
+    return integers
 
 
 def product(write: Writer, left: Integers, right: Integers) -> ir.Value:
     """What `write.node` computes from its first two inputs, which are `left` and `right`, in its own float type.
 
     Raises:
-        NoIntegerFormError: there is no such integer operator. Nothing was written.
+        NoIntegerFormError: there is no such integer operator.
     """
     match write.node.op_type:
         case "MatMul":
@@ -133,13 +138,13 @@ def eight_bits(write: Writer, integers: Integers) -> tuple[ir.Value, ir.Value]:
 def shortest(write: Writer, zero_point: ir.Value) -> ir.Value | None:
     """The zero point for MatMulInteger and ConvInteger: None where it is a constant 0, a scalar where all are equal."""
     zeros = constant(zero_point)
-    if zeros is None or not zeros.ndim or np.unique(zeros).size > 1:
-        if zeros is None or zeros.ndim or zeros.astype(np.int32):
-            return zero_point
-        discard(zero_point)
-        return None
+    if zeros is None or np.unique(zeros).size > 1:
+        return zero_point
+    first = zeros.reshape(-1)[:1].reshape(())
+    if first and not zeros.ndim:
+        return zero_point
     discard(zero_point)
-    return write.constant(zeros[0], f"{zero_point.name}_of_all") if zeros[0].astype(np.int32) else None
+    return write.constant(first, f"{zero_point.name}_of_all") if first else None
 
 
 def scale_array(integers: Integers) -> npt.NDArray[np.float32] | None:

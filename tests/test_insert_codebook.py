@@ -107,3 +107,10 @@ def test_refuses_float4_activations() -> None:
     x = activation_plan("x", random_feeds(layer(case))["x"], "n:0", Dtype.FLOAT4E2M1, symmetric=True)
     with pytest.raises(TargetError, match="activation 'x': only weights can be looked up in a codebook; use int4"):
         InsertCodebook(quant_plan(x))(layer(case))
+
+
+def test_tensorrt_does_not_take_uint4() -> None:
+    case = LAYERS["MatMul"]
+    weight = weight_plan(layer(case), "w", case.edge, Dtype.FLOAT4E2M1, PerAxis(1))
+    with pytest.raises(TargetError, match="uint4 weights cannot be imported on target a800"):
+        InsertCodebook(quant_plan(weights=(weight,), target="a800"))(layer(case))

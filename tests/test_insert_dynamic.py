@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -293,3 +294,9 @@ def test_a_plan_for_another_model_is_refused(value: str, edges: str) -> None:
 
 def test_an_empty_plan_changes_nothing() -> None:
     assert not InsertDynamic(quant_plan())(layer("MatMul")).modified
+
+
+def test_tensorrt_has_no_integer_operators() -> None:
+    plan = msgspec.structs.replace(planned("MatMul"), target="a800")
+    with pytest.raises(TargetError, match="cannot be imported on target a800; use format qdq, or target ort-cpu"):
+        InsertDynamic(plan)(layer("MatMul"))

@@ -1,11 +1,13 @@
 """InsertWeightOnly: every type, granularity and operator against float arithmetic with the rounded weights."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qonnx.engine import build_engine
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Blocked, Dtype, Granularity, PerAxis, PerTensor
 from qonnx.passes.insert_weight_only import InsertWeightOnly
@@ -297,7 +299,14 @@ REFUSED: dict[str, tuple[Dtype, Granularity, bool, str, Operators, str]] = {
     "float4 on sm_80": (Dtype.FLOAT4E2M1, PerAxis(1), True, "a800", Operators.ONNX, "needs a newer device"),
     "zero points in TensorRT": (Dtype.INT4, PerAxis(1), False, "a800", Operators.ONNX, "symmetrically"),
     "short block in TensorRT": (Dtype.INT4, Blocked(0, 16), True, "a800", Operators.ONNX, "block_size that divides"),
-    "MatMulNBits in TensorRT": (Dtype.INT4, Blocked(0, 8), True, "a800", Operators.MICROSOFT, "target ort-cpu"),
+    "MatMulNBits in TensorRT": (
+        Dtype.INT4,
+        Blocked(0, 8),
+        True,
+        "a800",
+        Operators.MICROSOFT,
+        "MatMulNBits cannot be imported on",
+    ),
     "blocks of 8 in MatMulNBits": (Dtype.INT4, Blocked(0, 8), True, "ort-cpu", Operators.MICROSOFT, "16, 32, 64"),
 }
 
@@ -327,3 +336,22 @@ def test_tensorrt_takes_symmetric_signed_weights(dtype: Dtype, kind: Granularity
 
 def test_nothing_to_pack() -> None:
     assert not WriteMatMulNBits()(layer(LAYERS["MatMul"])).modified
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("dtype", [Dtype.INT4, Dtype.INT8])
+def test_engines_keep_tables_and_weights_small(dtype: Dtype, tmp_path: Path) -> None:
+    """Although a table is dequantized before it is looked up: the compiler moves the lookup inside."""
+    model = model_of(
+        "g (int64[4,8] ids, float[1024,64] t, float[64,96] w) => (float[4,8,96] y) "
+        "{ [e] x = Gather(t, ids) [n] y = MatMul(x, w) }",
+        weights="t w",
+    )
+    weights = (
+        weight_plan(model, "t", "e:0", dtype, Blocked(1, 32)),
+        weight_plan(model, "w", "n:1", dtype, Blocked(0, 32)),
+    )
+    ir.save(inserted(InsertWeightOnly(quant_plan(weights=weights, target="a800")), model), tmp_path / "m.onnx")
+    report = build_engine(tmp_path / "m.onnx", tmp_path / "m.plan")
+    constants = [kind for each in report.layers for kind in each.constants]
+    assert constants.count(dtype.onnx) == 2
