@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import onnx_ir as ir
 
-from qonnx.attention import cut_edge, result, value_products, values_index
+from qonnx.attention import MOVES, cut_edge, result, value_products, values_index
 from qonnx.graph import dtype_name, is_float, is_initializer, module_path, rank
 from qonnx.linear import LINEAR_OPS, Linear, linear_of
 from qonnx.recipe import PerChannel, Recipe
@@ -19,6 +19,12 @@ ACTIVATION_FUNCTIONS = frozenset({"Relu", "Clip", "LeakyRelu"})
 
 # Smaller products gain nothing on integer tensor cores, whose tiles are 16 wide.
 _MINIMUM_WIDTH = 16
+
+_ON_THE_WAY_TO_LOG = MOVES | {"Add", "Cast", "Clip", "Max", "Mul"}
+
+# Convolutions to fewer channels make the last maps of a network, or decode them (boxes from distributions): they are
+# sensitive and small.
+_MINIMUM_OUTPUTS = 8
 
 # The head sizes for which TensorRT has one kernel for a whole attention on INT8; on half precision, for any from 16 on.
 _FUSED_HEAD_SIZES = frozenset({16, 32, 64})
@@ -232,6 +238,8 @@ def _no_gain(linear: Linear) -> str:
         return "its weight is empty"
     if linear.node.op_type == "ConvTranspose":
         return "transposed convolutions run in float, or no faster on integers"
+    if _feeds_log(linear.output):
+        return "its result goes into a logarithm: there small values count as much as large ones"
     if linear.node.op_type in ("Gemm", "MatMul"):
         thin = min(inputs, outputs)
         return f"{inputs} x {outputs} weight: nothing gained below {_MINIMUM_WIDTH}" if thin < _MINIMUM_WIDTH else ""
@@ -241,12 +249,23 @@ def _no_gain(linear: Linear) -> str:
         if outputs % 8:
             return f"grouped with {outputs} outputs: not a multiple of 8"
         return ""
+    if outputs < _MINIMUM_OUTPUTS:
+        return f"{outputs} output channels: nothing gained below {_MINIMUM_OUTPUTS}"
     from_input = linear.data.is_graph_input()
     if min(inputs, outputs) < _MINIMUM_WIDTH:
         wide = from_input or max(inputs, outputs) >= _MINIMUM_WIDTH
         if not wide or (inputs % 8 and outputs % 8):
             return f"{inputs} to {outputs} channels: nothing gained below {_MINIMUM_WIDTH}"
     return ""
+
+
+def _feeds_log(value: ir.Value, reach: int = 4) -> bool:
+    """Whether a Log reads the value, scaled, bounded or moved: as behind the filter bank of a spectrogram."""
+    readers = [usage.node for usage in value.uses()]
+    if any(reader.op_type == "Log" for reader in readers):
+        return True
+    readers = [reader for reader in readers if reader.op_type in _ON_THE_WAY_TO_LOG]
+    return reach > 0 and any(_feeds_log(reader.outputs[0], reach - 1) for reader in readers)
 
 
 def _is_one_pixel(value: ir.Value) -> bool:

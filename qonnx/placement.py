@@ -65,6 +65,7 @@ _OPERATORS_BY_REASON: Mapping[str, str] = {
     "averages need more bits than their inputs have": "AveragePool GlobalAveragePool GlobalMaxPool LpPool",
     "its output feeds no quantized operator": "MaxPool",
     "interpolation weights are not integers": "GridSample Resize RoiAlign Upsample",
+    "a product that this tool does not read: written as MatMul, it could be quantized": "Einsum",
     "post-processing": "ArgMax ArgMin CumSum NonMaxSuppression TopK Unique",
     "its two products are inside one operator: export at opset 22 or lower to quantize them": "Attention",
 }

@@ -126,9 +126,18 @@ def test_everything_that_a_concatenation_joins_shares_one_scale() -> None:
 LEFT_IN_FLOAT = {
     "thin matrix": ("g (float[4,8] x, float[8,32] w) => (float[4,32] y) { y = MatMul(x, w) }", "8 x 32 weight"),
     "one output": ("g (float[4,32] x, float[32,1] w) => (float[4,1] y) { y = Gemm(x, w) }", "32 x 1 weight"),
-    "few channels": (
+    "few output channels": (
         "g (float[1,16,8,8] x, float[4,16,1,1] w) => (float[1,4,8,8] y) { r = Relu(x) y = Conv(r, w) }",
+        "4 output channels",
+    ),
+    "few input channels": (
+        "g (float[1,8,8,8] x, float[16,8,1,1] w) => (float[1,16,8,8] y) { r = Relu(x) y = Conv(r, w) }",
         None,
+    ),
+    "filter bank": (
+        "g (float[1,50,128] x, float[128,40] w) => (float[1,40,50] y) "
+        "{ p = Mul(x, x) m = MatMul(p, w) t = Transpose <perm = [0,2,1]> (m) c = Add(t, t) y = Log(c) }",
+        "logarithm",
     ),
     "narrow channels": (
         "g (float[1,12,8,8] x, float[12,12,1,1] w) => (float[1,12,8,8] y) { r = Relu(x) y = Conv(r, w) }",
