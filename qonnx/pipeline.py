@@ -186,6 +186,8 @@ def quantize(
 
 def _check_output(model: ModelSource, output: Path) -> None:
     """Refuses to write over the float model or over the file that holds its weights."""
+    if output.is_dir():
+        return  # `staging` refuses it
     sources = set() if isinstance(model, ir.Model) else {Path(model).resolve()}
     loaded = model if isinstance(model, ir.Model) else load(model)
     for graph in all_graphs(loaded):
@@ -222,7 +224,7 @@ def _prepared(model: ModelSource) -> tuple[ir.Model, tuple[str, ...]]:
     found = next((node for node in nodes if node.op_type in _QUANTIZED_OPERATORS), None)
     if found is not None:
         raise ModelError(
-            f"the model is quantized already ({found.op_type}); give the float model that it was made from"
+            f"the model holds {found.op_type}: quantized already; give the float model that it was made from"
         )
     notes = prepare(prepared, minimum_opset=13)
     values = [value for node in prepared.graph for value in (*node.inputs, *node.outputs) if value is not None]
