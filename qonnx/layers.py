@@ -250,7 +250,7 @@ def _no_gain(linear: Linear) -> str:
             return f"grouped with {outputs} outputs: not a multiple of 8"
         return ""
     if outputs < _MINIMUM_OUTPUTS:
-        return f"{outputs} output channels: nothing gained below {_MINIMUM_OUTPUTS}"
+        return f"{inputs} to {outputs} channels: nothing gained below {_MINIMUM_OUTPUTS} outputs"
     from_input = linear.data.is_graph_input()
     if min(inputs, outputs) < _MINIMUM_WIDTH:
         wide = from_input or max(inputs, outputs) >= _MINIMUM_WIDTH

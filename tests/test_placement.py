@@ -128,7 +128,7 @@ LEFT_IN_FLOAT = {
     "one output": ("g (float[4,32] x, float[32,1] w) => (float[4,1] y) { y = Gemm(x, w) }", "32 x 1 weight"),
     "few output channels": (
         "g (float[1,16,8,8] x, float[4,16,1,1] w) => (float[1,4,8,8] y) { r = Relu(x) y = Conv(r, w) }",
-        "4 output channels",
+        "16 to 4 channels",
     ),
     "few input channels": (
         "g (float[1,8,8,8] x, float[16,8,1,1] w) => (float[1,16,8,8] y) { r = Relu(x) y = Conv(r, w) }",
