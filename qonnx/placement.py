@@ -52,21 +52,21 @@ _OPERATORS_BY_REASON: Mapping[str, str] = {
         Transpose Unsqueeze""",
     "element by element: bound by memory, and rounding its inputs only loses accuracy": """
         Abs Add And BatchNormalization Ceil Clip Div Equal Floor Greater GreaterOrEqual IsNaN LeakyRelu Less
-        LessOrEqual Max Min Mod Mul
-        Neg Not Or PRelu Pow Reciprocal Relu Round Sign Sqrt Sub Sum Where Xor""",
+        LessOrEqual Max Min Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Sign Sqrt Sub Sum Where Xor""",
     "normalisation statistics need float": """
-        GroupNormalization InstanceNormalization LRN LayerNormalization LpNormalization
-        MeanVarianceNormalization RMSNormalization ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
-        ReduceSumSquare SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization""",
+        GroupNormalization InstanceNormalization LRN LayerNormalization LpNormalization MeanVarianceNormalization
+        RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization""",
     "not linear: integers would need a table, and its input is usually widely spread": """
         Cos Elu Erf Exp Gelu HardSigmoid HardSwish Log LogSoftmax Mish Selu Sigmoid Sin Softmax Softplus Swish Tanh""",
     "recurrent: errors add up over the steps": "GRU LSTM RNN",
     "control flow: its body is left in float": "If Loop Scan SequenceMap",
-    "averages need more bits than their inputs have": "AveragePool GlobalAveragePool GlobalMaxPool LpPool",
-    "its output feeds no quantized operator": "MaxPool",
+    "sums and averages need more bits than their inputs have": """
+        AveragePool CumSum GlobalAveragePool LpPool ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMean ReduceProd
+        ReduceSum ReduceSumSquare""",
+    "not only quantized operators read its output": "GlobalMaxPool MaxPool ReduceMax ReduceMin",
     "interpolation weights are not integers": "GridSample Resize RoiAlign Upsample",
     "a product that this tool does not read: written as MatMul, it could be quantized": "Einsum",
-    "post-processing": "ArgMax ArgMin CumSum NonMaxSuppression TopK Unique",
+    "post-processing": "ArgMax ArgMin NonMaxSuppression TopK Unique",
     "its two products are inside one operator: export at opset 22 or lower to quantize them": "Attention",
 }
 _FLOAT_REASONS = {op: reason for reason, ops in _OPERATORS_BY_REASON.items() for op in ops.split()}

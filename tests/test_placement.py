@@ -1,14 +1,23 @@
 """Where quantization goes, and why the rest stays in float."""
 
+from pathlib import Path
+
+import msgspec
+import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qonnx.engine import build_engine
+from qonnx.engine.listing import int8_nodes
+from qonnx.graph import save
 from qonnx.numerics import PerTensor
+from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.prepare import prepare
 from qonnx.placement import Edge, Placement, candidates, place
-from qonnx.recipe import Match, Recipe, Rule, Weights
+from qonnx.recipe import Match, Recipe, Rule, Weights, load_recipe
 from qonnx.targets import target
 from tests.graphs import model_of
+from tests.test_plan import planned
 
 CONV = "g (float[1,16,8,8] x, float[16,16,3,3] w, float[16] b) => (float[1,16,8,8] y) "
 RESIDUAL = (
@@ -394,3 +403,28 @@ def test_every_name_in_a_placement_is_in_the_graph() -> None:
             read = nodes[edge.node].inputs[edge.input]
             assert read is not None
             assert read.name == value
+
+
+COMPILED = {
+    "attention behind one projection": (FUSED, (), 1),
+    "its result read in float": (FUSED, (Rule(Match(name="out"), skip=True),), 1),
+    "its products in float": (FUSED, (Rule(Match(name="scores"), skip=True),), 0),
+    "layers that share a weight": (SHARED, (), 0),
+}
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_compiler_runs_on_int8_what_is_placed(name: str, tmp_path: Path) -> None:
+    text, rules, fused = COMPILED[name]
+    model = model_of(text, weights="w w1 b", scale=0.1)
+    shape = model.graph.inputs[0].shape
+    assert shape is not None
+    batches = [{"x": np.random.default_rng(0).standard_normal(shape.numpy()).astype(np.float32)}]
+    plan = planned(model, batches, msgspec.structs.replace(load_recipe("int8-average"), rules=rules))
+    assert len(plan.quantized_layers) == len(plan.layers) - len(rules) * (1 if fused else 2)
+    InsertQDQ(plan)(model)
+    save(model, tmp_path / "quantized.onnx")
+    layers = build_engine(tmp_path / "quantized.onnx", tmp_path / "model.plan").layers
+    assert all(node.int8 for node in int8_nodes(layers, [layer.node for layer in plan.quantized_layers]))
+    assert sum("_mha_" in layer.name for layer in layers) == fused
