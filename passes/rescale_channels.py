@@ -201,10 +201,33 @@ def _apply(edit: _Edit, names: Names) -> None:
             return ir.Tensor(product.astype(tensor.dtype.numpy()), dtype=tensor.dtype)
 
         scaled = ir.LazyTensor(evaluate, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()))
-        reader, index = linear.weight_reader
-        _replace(reader, index, scaled, names)
+        _replace_weight(linear, scaled, names)
     if bias.any() or (edit.scale_out != 1).any():
         _change_bias(edit, bias, names)
+
+
+def _replace_weight(linear: Linear, tensor: ir.TensorProtocol, names: Names) -> None:
+    """Makes a layer read a new weight; a path to it that other layers share is copied."""
+    reader, index = linear.weight_reader
+    if all(len(node.outputs[0].uses()) == 1 for node in linear.weight_path):
+        _replace(reader, index, tensor, names)
+        return
+    graph = linear.node.graph
+    assert isinstance(graph, ir.Graph)
+    value = _initializer(graph, names.fresh(f"{linear.weight.name}_rescaled"), tensor)
+    for node in linear.weight_path:
+        copy = ir.node(
+            node.op_type,
+            [value, *node.inputs[1:]],
+            attributes=dict(node.attributes),
+            name=names.fresh(f"{node.name}_rescaled"),
+            metadata_props=dict(node.metadata_props),
+        )
+        old = node.outputs[0]
+        value = copy.outputs[0]
+        value.name, value.type, value.shape = names.fresh(f"{old.name}_rescaled"), old.type, old.shape
+        graph.insert_before(linear.node, [copy])
+    linear.node.replace_input_with(linear.weight_index, value)
 
 
 def _change_bias(edit: _Edit, added: Vector, names: Names) -> None:

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from qonnx.errors import ModelError
 from qonnx.graph import constant
 from qonnx.groups import Residual, find_groups
+from qonnx.passes.infer_shapes import InferShapes
+from qonnx.passes.name_nodes import NameNodes
 from qonnx.passes.rescale_channels import RescaleChannels, Rescaling, Vector
+from tests.graphs import model_of
 from tests.helpers import Array, assert_same_function, operators, run
 from tests.smoothing import prepared, random_rescaling, rescale_everything
 
@@ -96,6 +99,18 @@ def test_shared_weights_are_copied() -> None:
     }
     for name in ("w1", "g", "b"):
         np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_a_shared_path_to_a_weight_is_copied() -> None:
+    text = (
+        "g (float[3,4] x, float[4] g, float[4] b, float[7,4] w1, float[4] b1) => (float[3,7] y, float[3,7] z)"
+        "{ n = LayerNormalization(x, g, b) k = LayerNormalization(x, g, b1) t = Transpose(w1) y = MatMul(n, t)"
+        "  z = MatMul(k, t) }"
+    )
+    model = model_of(text, weights=WEIGHTS)
+    InferShapes()(model)
+    NameNodes()(model)
+    rescale_everything(model)
 
 
 def test_weights_stay_lazy() -> None:
