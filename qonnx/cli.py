@@ -329,7 +329,7 @@ def roofline(
     layers: Annotated[bool, typer.Option("--layers", help="List every layer.")] = False,
     json: Json = None,
 ) -> None:
-    """Predict the least time on a GPU in FP16, INT8 and INT4, and which layers gain nothing; this needs no GPU."""
+    """Predict the least time a model needs on a GPU."""
     from qonnx.roofline import roofline as run
     from qonnx.roofline import unprofitable
     from qonnx.tables import roofline_tables
@@ -352,7 +352,10 @@ def lint(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print findings and repairs as JSON.")] = False,
 ) -> None:
-    """Find what TensorRT refuses, misreads or runs in float; exit code 1 if errors are left."""
+    """Find what TensorRT refuses or runs in float.
+
+    Exit code 1 when errors are left.
+    """
     from qonnx import linter
     from qonnx.errors import OutputError
     from qonnx.graph import save
