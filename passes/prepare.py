@@ -171,6 +171,7 @@ class _Interface:
 
     def __init__(self, model: ir.Model) -> None:
         graph = model.graph
+        graph.name = graph.name or "graph"  # required by the specification, but not by any runtime
         self._types = [(value.type, value.shape) for value in (*graph.inputs, *graph.outputs)]
         self._defaults: dict[str, ir.TensorProtocol] = {}
         for value in graph.inputs:
@@ -186,7 +187,9 @@ class _Interface:
         graph = model.graph
         for value, (kind, shape) in zip((*graph.inputs, *graph.outputs), self._types, strict=True):
             if kind is not None:
-                value.type, value.shape = kind, shape
+                value.type = kind
+            if shape is not None:  # otherwise the inferred one: a file without is not valid, though it runs
+                value.shape = shape
         for value in graph.inputs:
             if value.name in self._defaults:
                 value.const_value = self._defaults[value.name]

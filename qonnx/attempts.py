@@ -19,7 +19,6 @@ from qonnx.auto_ranges import best_throughout, least_disturbing
 from qonnx.bias_correction import correct_biases
 from qonnx.calibrators import Auto, Average
 from qonnx.comparison import Comparison, ModelSource, compare
-from qonnx.data import Batch
 from qonnx.errors import DataError, ModelError
 from qonnx.graph import first_line, parameters, save
 from qonnx.numerics import Dtype
@@ -27,8 +26,9 @@ from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, make_plan
 from qonnx.ranges import Range, calibrated
+from qonnx.rebatch import Batch, has_batch_axis, rows, together
 from qonnx.recipe import Recipe
-from qonnx.runtime import input_specs
+from qonnx.runtime import input_specs, session
 from qonnx.sensitivity import LayerCost, layer_costs, most_costly
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
@@ -42,9 +42,12 @@ _GOAL_MARGIN_DB = 0.25
 # How many samples single layers are measured on: they are only ranked.
 _COST_SAMPLES = 4
 
-# How many samples the automatic choice of ranges is made on, and what a choice must gain over `average`: on few samples
-# the best of many is best by chance.
+# How many samples the automatic choice of ranges is made on: at least so many, and more as long as they have no more
+# activations than this in all. And what a choice must gain over `average`: on few samples the best of many is best by
+# chance.
 _AUTO_SAMPLES = 16
+_AUTO_ELEMENTS = 1 << 24
+_MOST_AUTO_SAMPLES = 1024
 _AUTO_MARGIN_DB = 0.5
 
 
@@ -118,7 +121,7 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
         if latest.sqnr_db >= goal or job.recipe.goal_sqnr_db <= 0 or not plan.quantized_layers:
             break
         if not costs:
-            costs = layer_costs(job.prepared, plan, _few_samples(job.prepared, job.sample[0], _COST_SAMPLES))
+            costs = layer_costs(job.prepared, plan, _few_samples(job.prepared, job.sample, _COST_SAMPLES))
         quantized = {layer.node for layer in plan.quantized_layers}
         remaining = [cost for cost in costs if cost.node in quantized]
         allowed = max(1, len(plan.layers) // _LARGEST_SHARE_LEFT) - len(leave)
@@ -142,7 +145,7 @@ def write(job: Job, plan: QuantPlan) -> Attempt:
     InsertQDQ(plan)(quantized)
     _stamp(quantized, plan, job)
     save(quantized, job.file)
-    _check_valid(job.file)
+    _check_valid(quantized, job.file)
     return Attempt(plan, compare(job.model, job.file, list(job.choose)), parameters(quantized)[1])
 
 
@@ -155,7 +158,8 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
     if not isinstance(calibrator, Auto):
         return calibrated(values, statistics, calibrator, grid, symmetric=symmetric)
     tried = [calibrated(values, statistics, each, grid, symmetric=symmetric) for each in calibrator.candidates]
-    batch = _few_samples(job.prepared, job.choose[0], _AUTO_SAMPLES)
+    # Calibration saw the sample, which makes wide ranges look better there than they are: the harmless mistake.
+    batch = _few_samples(job.prepared, [*job.choose, *job.sample], _auto_samples(statistics, job.sample))
     per_tensor = least_disturbing(
         job.prepared,
         placement,
@@ -176,29 +180,33 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
     return tried[best_throughout(job.prepared, plans, batch, usual=usual, margin_db=_AUTO_MARGIN_DB)]
 
 
-def _few_samples(model: ir.Model, batch: Batch, count: int) -> Batch:
-    """The first samples of a batch, where all inputs share a dynamic first axis and the model runs on fewer."""
-    from qonnx.runtime import session
+def _auto_samples(statistics: Statistics, sample: Sequence[Batch]) -> int:
+    """How many samples the choice of ranges is made on."""
+    elements = sum(tensor.count for tensor in statistics.tensors.values()) / max(statistics.batches, 1)
+    per_sample = elements / (sum(map(rows, sample)) / max(len(sample), 1) or 1)
+    return min(max(_AUTO_SAMPLES, int(_AUTO_ELEMENTS / max(per_sample, 1))), _MOST_AUTO_SAMPLES)
 
-    shapes = [spec.shape for spec in input_specs(model)]
-    axes = {shape[0] if shape else None for shape in shapes}
-    sizes = {array.shape[0] for array in batch.values() if array.ndim}
-    if len(axes) != 1 or not isinstance(next(iter(axes)), str) or len(sizes) != 1 or max(sizes) <= count:
-        return batch
-    few = {name: array[:count] for name, array in batch.items()}
+
+def _few_samples(model: ir.Model, batches: Sequence[Batch], count: int) -> Batch:
+    """The first samples of some batches; the first batch where samples cannot be told apart."""
+    if not all(has_batch_axis(batch, input_specs(model)) for batch in batches):
+        return batches[0]
+    few = together(batches, count)
     try:
         session(model).run(few)
     except DataError:  # the first axis is no batch: nodes of a graph, rows that are grouped later
-        return batch
+        return batches[0]
     return few
 
 
-def _check_valid(file: Path) -> None:
+def _check_valid(model: ir.Model, file: Path) -> None:
     import onnx
 
     try:
         onnx.checker.check_model(str(file), full_check=False)
     except Exception as error:
+        if any(value.shape is None for value in (*model.graph.inputs, *model.graph.outputs)):
+            return  # so was the float model: the specification wants a rank, runtimes do not
         raise ModelError(f"the quantized model is not valid ONNX ({first_line(error)}); please report this") from error
 
 

@@ -10,13 +10,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from qonnx.errors import DataError
+from qonnx.rebatch import Array, Batch, fitted, rows
 from qonnx.runtime import InputSpec
-
-Array = npt.NDArray[Any]
-Batch = dict[str, Array]
 
 _FILES = frozenset({".npz", ".npy"})
 _FLOATS = frozenset(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
@@ -26,14 +23,15 @@ def batches(data: Any, inputs: Sequence[InputSpec], *, max_batches: int | None =
     """Reads data in any of the accepted forms, one checked batch at a time.
 
     * a folder: its `.npz` and `.npy` files in the order of their names, one batch each;
-    * an `.npz` file: one batch, an array per input name; an `.npy` file: one batch of a model with one input;
-    * a dict of arrays by input name, or one array or tensor: one batch;
+    * an `.npz` file: an array per input name; an `.npy` file: that of a model with one input;
+    * a dict of arrays by input name, or one array or tensor;
     * an iterable of batches: a list, a generator, a torch `DataLoader` ... Each is a dict by input name, a tuple or
       list in input order, or one array for a model with one input. A tuple or list may carry the labels as one further
       element, `(x, labels)` or `((x, mask), labels)`: they are dropped;
     * a function without arguments that returns one of the above.
 
-    Torch tensors become arrays, wherever they live. Batches may differ in size. Floats are converted to the float type
+    Samples for a model whose batch size is fixed may come all at once: they are cut to that size. Torch tensors become
+    arrays, wherever they live. Batches may differ in size. Floats are converted to the float type
     of the input, integers and booleans to its integer type when every value fits; nothing else is converted. An input
     may be empty along a dynamic dimension other than the first (the past of a decoder at its first token), as long as
     some other input is not.
@@ -52,10 +50,13 @@ def batches(data: Any, inputs: Sequence[InputSpec], *, max_batches: int | None =
     if max_batches is not None and max_batches < 1:
         raise DataError(f"at most {max_batches} batches were asked for; ask for 1 or more")
     number = 0
-    for number, (source, given) in enumerate(_sources(data), 1):
-        yield _checked(_named(given, inputs, source), inputs, source)
-        if number == max_batches:
-            break
+    for source, given in _sources(data):
+        named = _named(given, inputs, source)
+        for part in fitted({spec.name: _array(named[spec.name], source, spec.name) for spec in inputs}, inputs):
+            yield _checked(part, inputs, source)
+            number += 1
+            if number == max_batches:
+                return
     if not number:
         raise DataError("the data hold no batch (a generator can be read only once); give at least one")
 
@@ -89,16 +90,18 @@ class Digest:
 class HoldOut:
     """Passes batches on and keeps some of them back, so that a result is judged on data that calibration did not see.
 
-    The second batch is kept back and every eighth after it, up to four. A single batch serves for both.
+    The second batch is kept back and every fourth after it, until there are four batches and 64 samples. A single batch
+    serves for both.
 
     >>> stream = HoldOut([{"x": np.full(1, i)} for i in range(11)])
     >>> [int(batch["x"][0]) for batch in stream], [int(batch["x"][0]) for batch in stream.kept], stream.shared
-    ([0, 2, 3, 4, 5, 6, 7, 8, 10], [1, 9], False)
+    ([0, 2, 3, 4, 6, 7, 8, 10], [1, 5, 9], False)
 
     Args:
         stream: the batches.
         every: one batch in so many is kept back, at least 2.
-        most: how many are kept back at most.
+        most: how many are kept back at most, as long as they hold `samples` samples.
+        samples: see `most`.
 
     Attributes:
         kept: the batches held back; complete once the iteration is over.
@@ -106,10 +109,11 @@ class HoldOut:
         passed: how many batches were passed on.
     """
 
-    def __init__(self, stream: Iterable[Batch], *, every: int = 8, most: int = 4) -> None:
+    def __init__(self, stream: Iterable[Batch], *, every: int = 4, most: int = 4, samples: int = 64) -> None:
         self._stream = stream
         self._every = every
         self._most = most
+        self._samples = samples
         self._digest = Digest()
         self.kept: list[Batch] = []
         self.shared = False
@@ -125,7 +129,8 @@ class HoldOut:
         for index, batch in enumerate(self._stream):
             self._digest.update(batch)
             first = [batch] if index == 0 else []
-            if index % self._every == 1 and len(self.kept) < self._most:
+            enough = len(self.kept) >= self._most and sum(map(rows, self.kept)) >= self._samples
+            if index % self._every == 1 and not enough:
                 self.kept.append(batch)
             else:
                 self.passed += 1
@@ -224,11 +229,11 @@ def _named(given: Any, inputs: Sequence[InputSpec], source: str) -> dict[str, An
     return dict(given)
 
 
-def _checked(given: Mapping[str, Any], inputs: Sequence[InputSpec], source: str) -> Batch:
+def _checked(given: Batch, inputs: Sequence[InputSpec], source: str) -> Batch:
     batch: Batch = {}
     sizes: dict[str, tuple[int, str]] = {}
     for spec in inputs:
-        array = _array(given[spec.name], source, spec.name)
+        array = given[spec.name]
         _check_shape(array, spec, sizes, source)
         batch[spec.name] = _converted(array, spec, source)
     if batch and not any(array.size for array in batch.values()):

@@ -21,27 +21,27 @@ import onnx_ir as ir
 from qonnx.attempts import Attempt, Job, best_attempt, write
 from qonnx.calibrators import EXTREMES
 from qonnx.comparison import Comparison, compare
-from qonnx.data import Batch, HoldOut, batches
+from qonnx.data import HoldOut, batches
 from qonnx.errors import DataError, ModelError, OutputError, TargetError
 from qonnx.graph import all_graphs, is_float, load, parameters, publish, staging
 from qonnx.observation import Progress, observe
 from qonnx.passes.prepare import prepare
 from qonnx.placement import Placement, candidates, place
 from qonnx.plan import QuantPlan, without_left_layers
+from qonnx.rebatch import Batch, rows, spread
 from qonnx.recipe import Recipe, load_recipe, resolve
 from qonnx.runtime import input_specs
 from qonnx.sensitivity import LayerCost
 from qonnx.statistics import Statistics
 from qonnx.targets import target as find_target
 
-# One batch in so many is held back from calibration.
-_HELD_BACK = 4
-
 _QUANTIZED_OPERATORS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"})
 _QUANTIZED_OPERATORS |= {"ConvInteger", "QLinearConv", "QLinearMatMul", "QGemm", "MatMulNBits"}
 
-# How much of the calibration data is kept for the steps that look at some of it again.
+# How much of the calibration data is kept for the steps that look at some of it again: so many batches, and more where
+# they hold few samples, as long as they are small.
 _SAMPLE_BATCHES = 8
+_SAMPLES = 64
 _SAMPLE_BYTES = 128 * 1024 * 1024
 
 
@@ -99,7 +99,7 @@ def calibrate(
         progress: called after every batch.
     """
     prepared, _ = _prepared(model)
-    stream = batches(data, input_specs(prepared), max_batches=max_batches)
+    stream = _stream(prepared, data, max_batches)
     placement = place(prepared, Recipe(), find_target(target))
     counted = [value for value in candidates(placement) if value not in placement.probabilities]
     return observe(prepared, candidates(placement), stream, distributions=counted, progress=progress)
@@ -122,8 +122,9 @@ def quantize(
 
     Args:
         model: path of a float ONNX model, or the model itself (it is not changed).
-        data: calibration batches, see `qonnx.data.batches`; one batch in four is held back, up to
-            four; the first half of these serves to choose on, the other to judge by.
+        data: calibration batches, see `qonnx.data.batches`; a single large one is cut into parts. One batch in four is
+            held back, up to four, or more when they are small; the first half of these serves to choose on, the other
+            to judge by.
         output: where the quantized model goes. Nothing is written when anything fails.
         recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
         target: the consumer of the graph, see `qonnx.targets`.
@@ -148,7 +149,7 @@ def quantize(
     with staging(output) as folder:
         prepared, notes = _prepared(model)
         clock.lap("prepare")
-        held = HoldOut(batches(data, input_specs(prepared), max_batches=max_batches), every=_HELD_BACK)
+        held = HoldOut(_stream(prepared, data, max_batches))
         sample: list[Batch] = []
         stream = _keeping(held, sample)
         draft = place(prepared, chosen, consumer)
@@ -208,12 +209,18 @@ def _check_statistics(statistics: Statistics, draft: Placement) -> None:
         )
 
 
+def _stream(prepared: ir.Model, data: Any, max_batches: int | None) -> Iterator[Batch]:
+    inputs = input_specs(prepared)
+    return spread(batches(data, inputs, max_batches=max_batches), inputs)
+
+
 def _keeping(stream: Iterable[Batch], kept: list[Batch]) -> Iterator[Batch]:
     """Passes batches on and keeps the first few, for the steps that need to see some of the data again."""
     size = 0
     for batch in stream:
         size += sum(array.nbytes for array in batch.values())
-        if len(kept) < _SAMPLE_BATCHES and (not kept or size < _SAMPLE_BYTES):
+        wanted = len(kept) < _SAMPLE_BATCHES or sum(map(rows, kept)) < _SAMPLES
+        if wanted and (not kept or size < _SAMPLE_BYTES):
             kept.append(batch)
         yield batch
 

@@ -61,4 +61,4 @@ def batch_count(data: Path, max_batches: int | None, hold_out: bool = False) -> 
 
     files = sum(file.suffix in (".npz", ".npy") for file in data.iterdir()) if data.is_dir() else 1
     count = min(files, max_batches or files)
-    return sum(1 for _ in HoldOut({} for _ in range(count))) if hold_out else count
+    return sum(1 for _ in HoldOut(({} for _ in range(count)), samples=0)) if hold_out else count

@@ -636,7 +636,10 @@ def test_settings_reach_the_plan(qonnx_: Qonnx, folder: Path) -> None:
     assert "warning: one batch was held back" in done.out
 
 
-def test_one_file_is_one_batch(qonnx_: Qonnx, folder: Path) -> None:
+def test_few_samples_serve_for_both_and_it_says_so(qonnx_: Qonnx, folder: Path) -> None:
+    with np.load(folder / "calib" / "0.npz") as whole:
+        few = {name: array[:2] for name, array in whole.items()}
+    np.savez(folder / "calib" / "0.npz", **few)
     done = qonnx_("quantize model.onnx --data calib/0.npz -o out.onnx")
     assert done.code == 0
     verdict, warning, *rest = done.out.splitlines()

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qonnx.data import Batch, Digest, HoldOut, batches
+from qonnx.data import Digest, HoldOut, batches
 from qonnx.errors import DataError
+from qonnx.rebatch import Batch
 from qonnx.runtime import InputSpec
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
@@ -272,10 +273,10 @@ def numbers(stream: Any) -> list[int]:
     return [int(batch["x"][0]) for batch in stream]
 
 
-@given(st.integers(1, 60), st.integers(2, 9), st.integers(1, 5))
+@given(st.integers(1, 60), st.integers(2, 9), st.integers(1, 5), st.integers(0, 9))
 @settings(max_examples=50, deadline=None)
-def test_held_out_batches_are_not_passed_on(count: int, every: int, most: int) -> None:
-    stream = HoldOut(iter(numbered(count)), every=every, most=most)
+def test_held_out_batches_are_not_passed_on(count: int, every: int, most: int, samples: int) -> None:
+    stream = HoldOut(iter(numbered(count)), every=every, most=most, samples=samples)
     passed = numbers(stream)
     kept = numbers(stream.kept)
     assert stream.passed == len(passed)
@@ -283,7 +284,7 @@ def test_held_out_batches_are_not_passed_on(count: int, every: int, most: int) -
         assert (passed, kept, stream.shared) == ([0], [0], True)
     else:
         assert sorted(passed + kept) == list(range(count))
-        assert kept == [i for i in range(count) if i % every == 1][:most]
+        assert kept == [i for i in range(count) if i % every == 1][: max(most, samples)]
         assert not stream.shared
 
 
@@ -299,7 +300,7 @@ def test_only_the_batches_held_back_stay_in_memory() -> None:
             made.append(weakref.ref(batch))
             yield batch
 
-    for _ in HoldOut(generate(), every=8, most=2):
+    for _ in HoldOut(generate(), every=8, most=2, samples=2):
         # The ones held back, the one in hand, and the one that the loop above has just given out.
         assert sum(reference() is not None for reference in made) <= 2 + 2
 

@@ -156,7 +156,7 @@ def test_a_graph_with_nothing_to_quantize_is_written_and_says_so(tmp_path: Path)
 
 
 def test_a_single_batch_serves_for_both_and_it_says_so(float_file: Path, tmp_path: Path) -> None:
-    result = qonnx.quantize(float_file, data(1), tmp_path / "quantized.onnx")
+    result = qonnx.quantize(float_file, data(1, rows=4), tmp_path / "quantized.onnx")
     assert result.held_out == 0
     assert any("only one batch" in warning for warning in result.warnings)
 
@@ -255,3 +255,19 @@ def test_the_public_names_are_functions_however_they_are_reached() -> None:
         assert callable(getattr(qonnx, name))
     assert sorted(qonnx.__all__) == list(qonnx.__all__)
     assert set(dir(qonnx)) == set(qonnx.__all__)
+
+
+@pytest.mark.parametrize(("name", "without_rank"), [("", ()), ("g", ("y",)), ("g", ("x",)), ("g", ("x", "y"))])
+def test_files_that_run_although_they_are_not_valid(
+    name: str, without_rank: tuple[str, ...], float_file: Path, tmp_path: Path
+) -> None:
+    """Runtimes take graphs without a name, and inputs and outputs without a rank; so do we."""
+    proto = onnx.load(float_file)
+    proto.graph.name = name
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.name in without_rank:
+            value.type.tensor_type.ClearField("shape")
+    onnx.save(proto, float_file)
+    result = qonnx.quantize(float_file, data(), tmp_path / "quantized.onnx")
+    assert len(result.plan.quantized_layers) == 2
+    assert result.comparison.outputs[0].sqnr_db > 30
