@@ -1,9 +1,9 @@
 """One normal form for any float graph, computing the same function.
 
 Afterwards every constant of the main graph is an initializer, functions are inlined, what depends on constants alone is
-folded, BatchNormalization is part of the weights where it can be, normalisations and Gelu are single nodes where the
-opset has them, every node has a unique name, and types and shapes are known as far as they can be. The names and types
-of inputs and outputs stay.
+folded, BatchNormalization is part of the weights where it can be, matrix products are MatMul and not Einsum,
+normalisations and Gelu are single nodes where the opset has them, every node has a unique name, and types and shapes
+are known as far as they can be. The names and types of inputs and outputs stay.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from qonnx.passes.fuse_norms import LAYER_NORM_OPSET, FuseNorms, decomposed_norm
 from qonnx.passes.infer_shapes import InferShapes
 from qonnx.passes.name_nodes import NameNodes
 from qonnx.passes.raise_opset import RaiseOpset, opset
+from qonnx.passes.rewrite_einsum import RewriteEinsum
 
 # The first version of the file format in which a weight need not be an input with a default value.
 _WEIGHTS_ARE_NO_INPUTS = 4
@@ -53,6 +54,9 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
     if _raise_opset(model, minimum_opset, fuse, notes):
         _attempt(InferShapes(), model, notes)
         _attempt(FoldConstants(), model, notes)
+    before = _operators(model)
+    RewriteEinsum()(model)
+    notes += _listed("wrote", before - _operators(model), "as MatMul")
     before = _operators(model)
     FoldBatchNorm()(model)
     notes += _listed("folded", before - _operators(model), "into the weights before them")

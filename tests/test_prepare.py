@@ -465,3 +465,12 @@ def test_speech_models_with_conditions() -> None:
     assert check_real(folder / "silero_vad_16k_op15.onnx", speech(1, 576, 16000), speech(3, 576, 16000))["Conv"] == 6
     fixed = check_real(folder / "silero_vad_openvino_16k.onnx", speech(1, 576))
     assert (fixed["Conv"], fixed["LSTM"], fixed["Constant"], fixed["Slice"]) == (6, 1, 0, 11)
+
+
+def test_products_written_as_einsum_are_products() -> None:
+    model = model_of(
+        'g (float[B,S,8] x, float[8,2,4] w) => (float[B,S,2,4] y) { y = Einsum <equation = "bsd,dhk->bshk"> (x, w) }',
+        weights="w",
+    )
+    assert "wrote 1 Einsum as MatMul" in prepare(model)
+    assert operators(model) == ["MatMul", "Reshape"]
