@@ -8,7 +8,7 @@ is absorbed by what makes x, and undone by every layer that reads it:
     linear layer, of its outputs      W / s                    (b - z) / s
     linear layer, of its inputs       W s                      b + W z
     linear layer between two groups   W s_in / s_out           (b + W z_in - z_out) / s_out
-    Relu, Clip on the way             Clip from (lower - z) / s to (upper - z) / s
+    Relu, Clip, Pad on the way        their bounds, and what is filled in: `qonnx.passes.move_bounds`
     other readers                     one Mul by s and one Add of z in front of all that read the same tensor
     a tensor that nothing absorbs     one Sub of z and one Mul by 1 / s in front of the linear layers
 
@@ -23,24 +23,25 @@ Only when
 
 * the groups were found in this model, and scales are positive and finite;
 * channels that a group cannot change have factor 1 and offset 0;
-* behind a Relu or Clip, the bound is the same for all channels;
+* what is padded with is the same for all channels of a tensor, then as before;
 * the new weights do not overflow their type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qonnx.channels import FOREIGN, Channels
+from qonnx.channels import FOREIGN
 from qonnx.errors import ModelError
 from qonnx.graph import Names, constant, rank
 from qonnx.groups import SmoothGroup, Tap
 from qonnx.linear import Linear
+from qonnx.passes.initializers import as_tensor, dtype_of, replace, store
+from qonnx.passes.move_bounds import move_bounds, needs_one_number
 from qonnx.producers import Kind, Producer
 
 Vector = npt.NDArray[np.float64]
@@ -100,7 +101,7 @@ class RescaleChannels(ir.passes.InPlacePass):
         for edit in edits.values():
             _apply(edit, names)
         for rescaling in active:
-            _move_bounds(rescaling, names)
+            move_bounds(rescaling.group, rescaling.scale, rescaling.offset, names)
         return ir.passes.PassResult(model, bool(active))
 
 
@@ -121,9 +122,9 @@ def _check(rescaling: Rescaling, model: ir.Model) -> None:
         raise ModelError(f"{where}: no factor possible: {group.no_scale}")
     if shift.any() and group.no_shift:
         raise ModelError(f"{where}: no offset possible: {group.no_shift}")
-    for node, channels in group.clips if shift.any() else ():
-        if np.ptp(_bounds(channels, scale, shift, 0.0)) > 0:
-            raise ModelError(f"{where}: {node.op_type} {node.name!r} needs one bound for all channels; use one offset")
+    node = needs_one_number(group, scale, shift)
+    if node is not None:
+        raise ModelError(f"{where}: {node.op_type} {node.name!r} pads all channels with one number; use one offset")
 
 
 @dataclass(eq=False)
@@ -210,11 +211,11 @@ def _replace_weight(linear: Linear, tensor: ir.TensorProtocol, names: Names) -> 
     """Makes a layer read a new weight; a path to it that other layers share is copied."""
     reader, index = linear.weight_reader
     if all(len(node.outputs[0].uses()) == 1 for node in linear.weight_path):
-        _replace(reader, index, tensor, names)
+        replace(reader, index, tensor, names)
         return
     graph = linear.node.graph
     assert isinstance(graph, ir.Graph)
-    value = _initializer(graph, names.fresh(f"{linear.weight.name}_rescaled"), tensor)
+    value = store(graph, names.fresh(f"{linear.weight.name}_rescaled"), tensor)
     for node in linear.weight_path:
         copy = ir.node(
             node.op_type,
@@ -242,12 +243,12 @@ def _change_bias(edit: _Edit, added: Vector, names: Names) -> None:
         bias = beta * old.astype(np.float64) / edit.scale_out + added
         kind = linear.bias.dtype or kind if linear.bias is not None else kind
         assert linear.bias_node is not None
-        _replace(linear.bias_node, list(linear.bias_node.inputs).index(linear.bias), _tensor(bias, kind), names)
+        replace(linear.bias_node, list(linear.bias_node.inputs).index(linear.bias), as_tensor(bias, kind), names)
     elif added.any() and node.op_type != "MatMul":
         node.attributes.pop("beta", None)
-        _replace(node, 2, _tensor(added, kind), names)
+        replace(node, 2, as_tensor(added, kind), names)
     elif added.any():
-        _add_behind(node.outputs[0], node, _tensor(added, kind), names)
+        _add_behind(node.outputs[0], node, as_tensor(added, kind), names)
 
 
 def _change_producer(rescaling: Rescaling, names: Names) -> None:
@@ -263,16 +264,16 @@ def _change_producer(rescaling: Rescaling, names: Names) -> None:
     old = constant(node.inputs[index])
     assert old is not None
     factors, offsets = scale.reshape(old.shape), shift.reshape(old.shape)
-    kind = _dtype(node.inputs[index])
-    _replace(node, index, _tensor(old.astype(np.float64) / factors, kind), names)
+    kind = dtype_of(node.inputs[index])
+    replace(node, index, as_tensor(old.astype(np.float64) / factors, kind), names)
     if producer.bias is not None:
         node, index = producer.bias
         value = node.inputs[index] if index < len(node.inputs) else None
         bias = constant(value)
         if bias is not None:
-            _replace(node, index, _tensor((bias.astype(np.float64) - offsets) / factors, _dtype(value)), names)
+            replace(node, index, as_tensor((bias.astype(np.float64) - offsets) / factors, dtype_of(value)), names)
         elif shift.any():
-            _replace(node, index, _tensor(-offsets / factors, kind), names)
+            replace(node, index, as_tensor(-offsets / factors, kind), names)
 
 
 def _insert_in_front(rescaling: Rescaling, names: Names) -> None:
@@ -293,11 +294,11 @@ def _behind(
     """The result of an operator with a constant per channel, put directly behind a value."""
     graph = like.value.graph
     assert isinstance(graph, ir.Graph)
-    stem, kind = f"{like.value.name}_{word}", _dtype(value)
-    operand = _tensor(like.channels.spread(vector, neutral, rank(value) or 0), kind)
+    stem, kind = f"{like.value.name}_{word}", dtype_of(value)
+    operand = as_tensor(like.channels.spread(vector, neutral, rank(value) or 0), kind)
     node = ir.node(
         op,
-        [value, _initializer(graph, names.fresh(f"{stem}_by"), operand)],
+        [value, store(graph, names.fresh(f"{stem}_by"), operand)],
         name=names.fresh(f"{stem}_{op}"),
         outputs=[ir.Value(name=names.fresh(stem), type=value.type, shape=value.shape)],
         metadata_props={"qonnx.pass": "RescaleChannels"},
@@ -328,46 +329,11 @@ def _restore_taps(rescaling: Rescaling, names: Names) -> None:
         tap.node.replace_input_with(tap.input, restored[tap.value])
 
 
-def _move_bounds(rescaling: Rescaling, names: Names) -> None:
-    """Relu(y) - z is Clip(y - z, -z), and Clip(y, a, b) - z is Clip(y - z, a - z, b - z)."""
-    scale, shift = rescaling.scale, rescaling.offset
-    for node, channels in rescaling.group.clips if shift.any() else ():
-        kind = _dtype(node.inputs[0])
-        old: Sequence[float | None] = [0.0, None]
-        if node.op_type == "Clip":
-            given = [constant(value) for value in node.inputs[1:3]]
-            old = [None if bound is None else float(bound) for bound in (*given, None, None)[:2]]
-        bounds = [
-            None if bound is None else _tensor(_bounds(channels, scale, shift, bound).reshape(-1)[:1].reshape(()), kind)
-            for bound in old
-        ]
-        graph, stem = node.graph, node.name or node.op_type
-        assert isinstance(graph, ir.Graph)
-        values = [
-            None if bound is None else _initializer(graph, names.fresh(f"{stem}_{word}"), bound)
-            for bound, word in zip(bounds, ("lower", "upper"), strict=True)
-        ]
-        clip = ir.node(
-            "Clip",
-            [node.inputs[0], *(values if values[1] is not None else values[:1])],
-            name=names.fresh(f"{stem}_shifted"),
-            metadata_props={**node.metadata_props, "qonnx.pass": "RescaleChannels"},
-        )
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [clip], node.outputs, clip.outputs)
-
-
-def _bounds(channels: Channels, scale: Vector, shift: Vector, bound: float) -> Vector:
-    """Where a bound is for each element of the changed tensor."""
-    own = channels.index[channels.index != FOREIGN]
-    moved = (bound - shift[own]) / scale[own]
-    return np.append(moved, bound) if own.size != channels.index.size else moved
-
-
 def _add_behind(value: ir.Value, node: ir.Node, bias: ir.TensorProtocol, names: Names) -> None:
     """Puts an Add behind a MatMul; its result takes the name of the product."""
     graph, name = node.graph, value.name or node.name or "MatMul"
     assert isinstance(graph, ir.Graph)
-    operand = _initializer(graph, names.fresh(f"{node.name}_bias"), bias)
+    operand = store(graph, names.fresh(f"{node.name}_bias"), bias)
     add = ir.node(
         "Add",
         [value, operand],
@@ -379,35 +345,3 @@ def _add_behind(value: ir.Value, node: ir.Node, bias: ir.TensorProtocol, names: 
     add.replace_input_with(0, value)
     graph.insert_after(node, [add])
     value.name, add.outputs[0].name = add.outputs[0].name, name
-
-
-def _replace(node: ir.Node, index: int, tensor: ir.TensorProtocol, names: Names) -> None:
-    """Makes a node read a new initializer; the old one goes when nothing else reads it."""
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    old = node.inputs[index] if index < len(node.inputs) else None
-    stem = f"{old.name}_rescaled" if old is not None else f"{node.name or node.op_type}_bias"
-    value = _initializer(graph, names.fresh(stem), tensor)
-    if index >= len(node.inputs):
-        node.resize_inputs(index + 1)
-    node.replace_input_with(index, value)
-    if old is not None:
-        value.metadata_props.update(old.metadata_props)
-        if old.is_initializer() and not old.uses() and not old.is_graph_output() and not old.is_graph_input():
-            del graph.initializers[old.name or ""]
-
-
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    tensor.name = name
-    shape = ir.Shape(tensor.shape.numpy())
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _tensor(array: npt.NDArray[np.float64], dtype: ir.DataType) -> ir.TensorProtocol:
-    return ir.Tensor(np.asarray(array).astype(dtype.numpy()), dtype=dtype)
-
-
-def _dtype(value: ir.Value | None) -> ir.DataType:
-    return ir.DataType.FLOAT if value is None or value.dtype is None else value.dtype

@@ -63,9 +63,13 @@ def _relu(node: ir.Node, position: int, channels: Channels) -> Step:
 
 
 def _clip(node: ir.Node, position: int, channels: Channels) -> Step:
-    fixed = all(value is None or constant(value) is not None for value in node.inputs[1:])
-    no_shift = "" if fixed else "has bounds that are not constant"
-    return Step(((node.outputs[0], channels),), "has one bound for all channels", no_shift, clips=True)
+    given = [value for value in node.inputs[1:] if value is not None]
+    bounds = [constant(value) for value in given]
+    if any(bound is None for bound in bounds):
+        note = "has bounds that are not constant"
+        return Step(((node.outputs[0], channels),), note, note)
+    no_scale = "has one bound for all channels" if any(np.any(bound != 0) for bound in bounds) else ""
+    return Step(((node.outputs[0], channels),), no_scale, clips=True)
 
 
 def _product(node: ir.Node, position: int, channels: Channels) -> Step:
@@ -215,9 +219,10 @@ def _pad(node: ir.Node, position: int, channels: Channels) -> Step:
         return _same(node, channels)
     filler = node.inputs[2] if len(node.inputs) > 2 else None
     fill = constant(filler) if filler is not None else np.zeros(1)
-    if fill is None or np.any(np.asarray(fill, np.float64) != 0):
-        raise Blocked("pads with a constant that is not zero")
-    return _same(node, channels, no_shift="pads with zeros")
+    if fill is None:
+        raise Blocked("pads with a number that is not constant")
+    no_scale = "pads with one number for all channels" if np.any(np.asarray(fill, np.float64) != 0) else ""
+    return Step(((node.outputs[0], channels),), no_scale, clips=True)
 
 
 def _reduce(node: ir.Node, position: int, channels: Channels) -> Step:

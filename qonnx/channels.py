@@ -72,7 +72,8 @@ class Step:
         outputs: where they are now.
         no_scale: why a factor per channel does not arrive there, or "".
         no_shift: why an offset does not arrive there, or "".
-        clips: the node clips: an offset arrives once its bounds are moved too, which takes one bound for all channels.
+        clips: the node clips, or pads with a constant: an offset arrives once its bounds, or what it pads with, are
+            moved too. These are single numbers, the same for all channels.
     """
 
     outputs: tuple[tuple[ir.Value, Channels], ...]

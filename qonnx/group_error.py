@@ -117,16 +117,16 @@ def _input_reach(linear: Linear) -> Vector:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A linear layer on samples.
+    """A linear layer on samples; convolutions without groups, and all other layers, are one group.
 
     Attributes:
-        x: [tokens, inputs].
-        y: [tokens, taps times outputs] what it makes of them, for some of its outputs.
-        low: [inputs] the smallest element of each input channel.
-        high: [inputs] the largest.
-        weight: [inputs, taps, outputs] of these outputs.
-        whole: [inputs, taps, outputs] of all.
-        index: [inputs] the producer's channel that each is.
+        x: [tokens, groups times inputs].
+        y: [groups, tokens, taps times outputs] what it makes of them, for some of its outputs.
+        low: [groups times inputs] the smallest element of each input channel.
+        high: [groups times inputs] the largest.
+        weight: [groups, inputs, taps, outputs] of these outputs.
+        whole: [groups, inputs, taps, outputs] of all.
+        index: [groups times inputs] the producer's channel that each is.
         signal: what the error is relative to.
     """
 
@@ -143,8 +143,8 @@ class _Layer:
 class GroupError:
     """The error that quantization makes in the results of a group's layers, for any factors and offsets.
 
-    The taps of a convolution count as separate outputs, which ranks candidates as well. Grouped convolutions, and
-    layers without samples, do not count.
+    The taps of a convolution count as separate outputs, which ranks candidates as well. Layers without samples do not
+    count.
     """
 
     def __init__(self, group: SmoothGroup, ranges: Ranges, samples: Samples, quantizers: Quantizers) -> None:
@@ -155,13 +155,13 @@ class GroupError:
     def _layer(self, consumer: Consumer, ranges: Ranges, samples: Samples) -> _Layer | None:
         linear, index = consumer.linear, consumer.index
         x, tensor = samples.get(linear.data.name or ""), linear.weight.const_value
-        if x is None or not x.size or tensor is None or linear.groups > 1:
+        if x is None or not x.size or tensor is None:
             return None
-        whole = np.moveaxis(float32(tensor.numpy()), (linear.input_axis, linear.output_axis), (0, -1))
-        whole = whole.reshape(whole.shape[0], -1, whole.shape[-1])
-        count = max(_FEWEST, _BUDGET // max(1, x.shape[0] * whole.shape[0] * whole.shape[1]))
-        weight = np.ascontiguousarray(whole[:, :, :: -(-whole.shape[2] // count)])
-        y = x @ _matrix(weight)
+        whole = _by_group(linear, float32(tensor.numpy()))
+        per_output = x.shape[0] * int(np.prod(whole.shape[:3]))
+        count = max(_FEWEST, _BUDGET // max(1, per_output))
+        weight = np.ascontiguousarray(whole[..., :: -(-whole.shape[3] // count)])
+        y = _product(x, weight)
         ours = index != FOREIGN
         low = np.where(ours, ranges.low[index], x.min(axis=0)).astype(np.float32)
         high = np.where(ours, ranges.high[index], x.max(axis=0)).astype(np.float32)
@@ -181,9 +181,9 @@ class GroupError:
         s = np.where(ours, scale[layer.index], 1.0).astype(np.float32)
         z = np.where(ours, shift[layer.index], 0.0).astype(np.float32)
         quantized = self._activations((layer.x - z) / s, (layer.low - z) / s, (layer.high - z) / s)
-        error = quantized @ _matrix(self._weight(layer, s))
+        error = _product(quantized, self._weight(layer, s))
         error -= layer.y
-        error += z @ _matrix(layer.weight)
+        error += _product(z[None], layer.weight)
         return self._power(error)
 
     def _activations(self, x: Array, low: Array, high: Array) -> Array:
@@ -193,20 +193,40 @@ class GroupError:
 
     def _weight(self, layer: _Layer, s: Array) -> Array:
         dtype, per_channel = self._quantizers.weights, self._quantizers.per_channel
-        weight = layer.weight * s[:, None, None]
-        granularity: Granularity = PerAxis(2) if per_channel else PerTensor()
-        reach = absmax(weight if per_channel else layer.whole * s[:, None, None], granularity)
+        factors = s.reshape(*layer.weight.shape[:2], 1, 1)
+        weight = layer.weight * factors
+        matrix = _columns(weight)
+        granularity: Granularity = PerAxis(1) if per_channel else PerTensor()
+        reach = absmax(matrix if per_channel else layer.whole * factors, granularity)
         step, zero = scale_and_zero_point(-reach, reach, dtype, symmetric=True)
-        return np.asarray(fake_quantize(weight, step, zero, dtype, granularity), np.float32)
+        rounded = np.asarray(fake_quantize(matrix, step, zero, dtype, granularity), np.float32)
+        return rounded.reshape(*weight.shape[1:3], weight.shape[0], weight.shape[3]).transpose(2, 0, 1, 3)
 
     def _power(self, y: Array) -> float:
-        centred = y - y.mean(axis=0) if self._quantizers.correct_biases else y
+        centred = y - y.mean(axis=1, keepdims=True) if self._quantizers.correct_biases else y
         return float(np.vdot(centred, centred))
 
 
-def _matrix(weight: Array) -> Array:
-    """[inputs, taps times outputs]."""
-    return weight.reshape(weight.shape[0], -1)
+def _by_group(linear: Linear, weight: Array) -> Array:
+    """[groups, inputs, taps, outputs] of one group each."""
+    if linear.groups == 1:
+        weight = np.moveaxis(weight, (linear.input_axis, linear.output_axis), (0, -1))
+        return weight.reshape(1, weight.shape[0], -1, weight.shape[-1])
+    weight = weight.reshape(linear.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+    # Conv stores [out, in / groups, ...], ConvTranspose [in, out / groups, ...].
+    return weight.transpose(0, 2, 3, 1) if linear.node.op_type == "Conv" else weight.transpose(0, 1, 3, 2)
+
+
+def _columns(weight: Array) -> Array:
+    """[inputs times taps, groups times outputs] of [groups, inputs, taps, outputs]: a column has one scale."""
+    return weight.transpose(1, 2, 0, 3).reshape(weight.shape[1] * weight.shape[2], -1)
+
+
+def _product(x: Array, weight: Array) -> Array:
+    """[groups, tokens, taps times outputs] of x [tokens, groups times inputs]."""
+    groups, inputs = weight.shape[:2]
+    by_group = x.reshape(-1, groups, inputs).transpose(1, 0, 2)
+    return np.asarray(by_group @ weight.reshape(groups, inputs, -1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,7 +85,7 @@ class SmoothGroup:
         consumers: the linear layers that read them, in graph order.
         taps: what else reads them.
         free: [channels] whether the channel may be scaled and shifted; all others keep factor 1 and offset 0.
-        clips: Relu and Clip on the way. Behind these a shift needs new bounds: it must be one for all channels.
+        clips: Relu, Clip and Pad on the way. Behind these a shift needs new bounds: it must be one for all channels.
         no_scale: why no channel can have a factor, or "".
         no_shift: why no channel can have an offset, or "".
     """
@@ -112,13 +112,23 @@ class SmoothGroup:
         return self.no_scale if self.no_shift else ""
 
     @property
+    def padded(self) -> tuple[Consumer, ...]:
+        """The convolutions that pad with zeros. For a shift they need a Pad with what stands for zero then."""
+        return tuple(consumer for consumer in self.consumers if _pads(consumer.linear.node))
+
+    @property
     def inputs(self) -> Mapping[str, tuple[int, Indices]]:
         """Value name -> axis and channels of each tensor that consumers read: what is quantized, and observed."""
         return {c.linear.data.name or "": (_input_axis(c.linear) or 0, c.index) for c in self.consumers}
 
 
 def find_groups(
-    model: ir.Model, *, residual: Residual = Residual.REFUSE, explicit: bool = False
+    model: ir.Model,
+    *,
+    residual: Residual = Residual.REFUSE,
+    explicit: bool = False,
+    pad: bool = False,
+    bounds: bool = False,
 ) -> tuple[SmoothGroup, ...]:
     """Finds all groups of the main graph that have a linear layer, in graph order, those that are refused included.
 
@@ -128,6 +138,8 @@ def find_groups(
         model: in the form that `qonnx.passes.prepare` makes: sorted, named, shapes inferred where possible.
         residual: what to do with channels that something else reads too.
         explicit: whether a tensor that nothing can scale may get a Mul (and Sub) in front of its linear layers.
+        pad: whether a convolution that pads with zeros may get a Pad in front of it, so that a shift is possible.
+        bounds: whether a Clip may become a Max and a Min with a bound per channel, so that factors are possible.
     """
     graph = model.graph
     layers = {linear.node: linear for linear in linears(graph)}
@@ -135,7 +147,7 @@ def find_groups(
     groups: list[SmoothGroup] = []
     taken: dict[ir.Node, Mask] = {}
     for producer in reversed(list(producers(model, layers))):
-        group = _reach(graph, producer, layers, order).group(residual)
+        group = _reach(graph, producer, layers, order, pad, bounds).group(residual)
         if not group.consumers or any(
             (taken[consumer.linear.node] & _moved(consumer, group)).any()
             for consumer in group.consumers
@@ -145,7 +157,7 @@ def find_groups(
         groups.append(group)
         for consumer in group.consumers if not group.reason else ():
             taken[consumer.linear.node] = taken.get(consumer.linear.node, False) | _moved(consumer, group)
-    groups += _without_producer(layers, groups, taken, explicit)
+    groups += _without_producer(layers, groups, taken, explicit, pad)
     return tuple(sorted(groups, key=lambda group: order.get(group.producer.node, -1) if group.producer.node else -1))
 
 
@@ -156,7 +168,11 @@ def _moved(consumer: Consumer, group: SmoothGroup) -> Mask:
 
 
 def _without_producer(
-    layers: Mapping[ir.Node, Linear], groups: Sequence[SmoothGroup], taken: Collection[ir.Node], explicit: bool
+    layers: Mapping[ir.Node, Linear],
+    groups: Sequence[SmoothGroup],
+    taken: Collection[ir.Node],
+    explicit: bool,
+    pad: bool,
 ) -> Iterator[SmoothGroup]:
     """Groups of the layers that read what no producer can scale, by tensor."""
     values = {group.value for group in groups}
@@ -177,7 +193,7 @@ def _without_producer(
         made_by = f"is made by {maker.op_type} {maker.name!r}" if maker is not None else "is an input of the model"
         reason = "" if explicit else f"{value.name} {made_by}, which cannot absorb factors"
         producer = Producer(Kind.NONE, maker, value, Channels((axis,), np.arange(size, dtype=np.intp)))
-        no_shift = next((note for c in consumers if (note := _consumer_no_shift(c.linear))), "")
+        no_shift = next((note for c in consumers if (note := _consumer_no_shift(c.linear, pad))), "")
         free = np.full(size, explicit)
         yield SmoothGroup(producer, tuple(consumers), (), free, (), reason, reason or no_shift)
 
@@ -217,7 +233,12 @@ def _first(notes: list[tuple[str, Indices]], free: Mask) -> str:
 
 
 def _reach(
-    graph: ir.Graph, producer: Producer, layers: Mapping[ir.Node, Linear], order: Mapping[ir.Node, int]
+    graph: ir.Graph,
+    producer: Producer,
+    layers: Mapping[ir.Node, Linear],
+    order: Mapping[ir.Node, int],
+    pad: bool,
+    bounds: bool,
 ) -> _Reach:
     """Follows the channels of a producer, node by node in graph order, to all their ends."""
     reach = _Reach(producer)
@@ -243,7 +264,7 @@ def _reach(
         try:
             if (consumer := _consumer(node, read, layers)) is not None:
                 reach.consumers.append(consumer)
-                reach.no_shift.append((_consumer_no_shift(consumer.linear), present))
+                reach.no_shift.append((_consumer_no_shift(consumer.linear, pad), present))
                 continue
             step = follow(node, read)
         except Blocked as blocked:
@@ -253,8 +274,10 @@ def _reach(
                 reach.taps.append(Tap(value, channels, node, index, str(blocked)))
             continue
         where = f"{node.op_type} {node.name!r} "
-        reach.no_scale.append((where + step.no_scale if step.no_scale else "", present))
-        reach.no_shift.append((where + step.no_shift if step.no_shift else "", present))
+        if step.no_scale and not (bounds and step.clips and node.op_type == "Clip"):
+            reach.no_scale.append((where + step.no_scale, present))
+        if step.no_shift:
+            reach.no_shift.append((where + step.no_shift, present))
         for value, channels in step.outputs:
             if channels.present.size and (value.uses() or value.is_graph_output()):
                 known[value] = channels
@@ -293,16 +316,18 @@ def _input_axis(linear: Linear) -> int | None:
     return None if count is None or count < 2 else count - (1 if linear.data_index == 0 else 2)
 
 
-def _consumer_no_shift(linear: Linear) -> str:
+def _pads(node: ir.Node) -> bool:
+    return node.op_type == "Conv" and any(node.attributes.get_ints("pads", []))
+
+
+def _consumer_no_shift(linear: Linear, pad: bool) -> str:
     """Why the layer cannot absorb an offset of its input into its bias, or ""."""
     node = linear.node
     where = f"{node.op_type} {node.name!r}"
     if node.op_type == "ConvTranspose":
         return f"{where} adds up fewer terms at the border"
-    if node.op_type == "Conv" and (
-        any(node.attributes.get_ints("pads", []))
-        or node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-    ):
+    automatic = node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    if node.op_type == "Conv" and (automatic or (_pads(node) and not pad)):
         return f"{where} pads with zeros"
     if node.op_type == "MatMul" and (linear.weight_index == 0 or rank(linear.weight) != 2):
         return f"{where} takes no bias per output channel"

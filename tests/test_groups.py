@@ -455,11 +455,6 @@ SCALE_ONLY: dict[str, tuple[str, str]] = {
         '{ c = Conv(x, w1) y = Conv <auto_pad = "SAME_UPPER"> (c, w2) }',
         "Conv pads with zeros",
     ),
-    "padding of its own": (
-        "g (float[2,3,6] x, float[5,3,1] w1, float[4,5,3] w2) => (float[2,4,6] y) <int64[6] p = {0, 0, 1, 0, 0, 1}>"
-        "{ c = Conv(x, w1) d = Pad(c, p) y = Conv(d, w2) }",
-        "Pad pads with zeros",
-    ),
     "average that counts padding": (
         "g (float[2,3,6] x, float[5,3,1] w1, float[4,5,3] w2) => (float[2,4,5] y)"
         "{ c = Conv(x, w1) d = AveragePool <kernel_shape = [2], pads = [1, 1], count_include_pad = 1> (c)"
@@ -530,7 +525,9 @@ def test_bounds_that_are_computed() -> None:
         "g (float[2,3,6] x, float high, float[5,3,1] w1, float[4,5,3] w2) => (float[2,4,4] y)"
         "{ c = Conv(x, w1) d = Clip(c, , high) y = Conv(d, w2) }"
     )
-    assert unnamed(find_groups(prepared(text, WEIGHTS))[-1].reason) == "Clip has one bound for all channels"
+    for bounds in (False, True):
+        group = find_groups(prepared(text, WEIGHTS), bounds=bounds)[-1]
+        assert [unnamed(group.reason), unnamed(group.no_shift)] == ["Clip has bounds that are not constant"] * 2
 
 
 def test_the_nearer_of_two_producers() -> None:

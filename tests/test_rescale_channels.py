@@ -214,11 +214,11 @@ UNFIT = {
         SHIFT,
         "no offset possible: RMSNormalization",
     ),
-    "one bound for all": (
-        "g (float[2,3,6] x, float[4,3,1] w1, float[5,4,3] w2) => (float[2,5,4] y)"
-        "{ c = Conv(x, w1) r = Relu(c) y = Conv(r, w2) }",
+    "one number to pad with": (
+        "g (float[2,3,6] x, float[4,3,1] w1, float[5,4,3] w2) => (float[2,5,6] y)"
+        "<int64[6] pads = {0, 0, 1, 0, 0, 1}> { c = Conv(x, w1) r = Pad(c, pads) y = Conv(r, w2) }",
         SHIFT,
-        "needs one bound for all channels",
+        "pads all channels with one number; use one offset",
     ),
     "a clip": (
         "g (float[2,3,6] x, float[4,3,1] w1, float[5,4,3] w2) => (float[2,5,4] y) <float one = {1}>"

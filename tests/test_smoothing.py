@@ -175,13 +175,50 @@ def test_weights_of_grouped_convolutions() -> None:
         "{ c = Conv(x, w1) y = Conv <group = 2> (c, w2) }"
     )
     batches = [{"x": np.random.default_rng(0).standard_normal((2, 3, 6)).astype(np.float32)}]
-    group, statistics, samples = group_and_samples(text, batches)
+    group, statistics, _ = group_and_samples(text, batches)
     weight = group.consumers[0].linear.weight.const_value
     assert weight is not None
     per_group = np.abs(weight.numpy()).max(axis=2).reshape(2, 3, 2).max(axis=1).reshape(-1)
     ranges = measure(group, statistics)
     np.testing.assert_allclose(ranges.weight, per_group)
-    assert not GroupError(group, ranges, samples, Quantizers()).measurable
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize(
+    ("groups", "op", "shape"), [(2, "Conv", (6, 2)), (4, "Conv", (8, 1)), (2, "ConvTranspose", (4, 3))]
+)
+def test_the_error_of_a_grouped_convolution(op: str, groups: int, shape: tuple[int, int], per_channel: bool) -> None:
+    """It is that of one layer a group, side by side: x [tokens, inputs], and every tap an output of its own."""
+    text = (
+        f"g (float[N,3,6] x, float[4,3,1] w1, float[{shape[0]},{shape[1]},3] w2) => (float[N,K,M] y)"
+        f"{{ c = Conv(x, w1) y = {op} <group = {groups}> (c, w2) }}"
+    )
+    rng = np.random.default_rng(0)
+    group, statistics, samples = group_and_samples(text, [{"x": rng.standard_normal((2, 3, 6)).astype(np.float32)}])
+    error = GroupError(group, measure(group, statistics), samples, Quantizers(per_channel=per_channel))
+    s, z = np.exp(rng.standard_normal(4)), np.zeros(4) if op == "ConvTranspose" else rng.standard_normal(4)
+    tensor = group.consumers[0].linear.weight.const_value
+    assert tensor is not None
+    w, (x,) = tensor.numpy().astype(np.float64), samples.values()
+    step = np.abs((x - z) / s).max() / 127
+    rounded, inputs, noise, signal = np.rint((x - z) / s / step) * step, 4 // groups, 0.0, 0.0
+    parts = []
+    for number in range(groups):
+        if op == "Conv":
+            outputs = shape[0] // groups
+            part = w[number * outputs : (number + 1) * outputs].transpose(1, 2, 0)
+        else:
+            part = w[number * inputs : (number + 1) * inputs].transpose(0, 2, 1)
+        parts.append(part * s[number * inputs : (number + 1) * inputs, None, None])
+    for number, part in enumerate(parts):
+        own = slice(number * inputs, (number + 1) * inputs)
+        largest = np.abs(part).max(axis=(0, 1)) if per_channel else max(np.abs(each).max() for each in parts)
+        q = (np.rint(part / largest * 127) * largest / 127).reshape(inputs, -1)
+        y = x[:, own] @ (part / s[own, None, None]).reshape(inputs, -1)
+        difference = rounded[:, own] @ q + z[own] @ (part / s[own, None, None]).reshape(inputs, -1) - y
+        noise += np.square(difference - difference.mean(axis=0)).sum()
+        signal += np.square(y - y.mean(axis=0)).sum()
+    assert error(s, z) == pytest.approx(noise / signal, rel=0.02)
 
 
 def test_rows_are_those_of_the_tensor() -> None:
