@@ -44,8 +44,9 @@ from qonnx.passes.integer_products import (
 )
 from qonnx.passes.microsoft_operators import write_float_product, write_gemm, write_simple
 from qonnx.passes.requantize import Ending, bias_codes, dequantized, ending_of, finish, same_grid, single, triples
-from qonnx.passes.writer import MICROSOFT, Operators, Writer, take_over
+from qonnx.passes.writer import MICROSOFT, Writer, take_over
 from qonnx.plan import QuantPlan, TensorPlan
+from qonnx.recipe import Operators
 
 # Clip on uint8 needs 12, scales along an axis 13.
 _OPSET = 13

@@ -27,8 +27,8 @@ from qonnx.passes.allow_types import AllowTypes, need_onnxruntime
 from qonnx.passes.gather_codes import GatherCodes
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.matmul_nbits import WriteMatMulNBits
-from qonnx.passes.writer import Operators
 from qonnx.plan import QuantPlan, TensorPlan
+from qonnx.recipe import Operators
 from qonnx.targets import target
 
 _TENSORRT = (Dtype.INT4, Dtype.INT8, Dtype.FLOAT8E4M3FN, Dtype.FLOAT4E2M1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,16 +11,6 @@ import onnx_ir as ir
 from qonnx.graph import Names
 
 MICROSOFT = "com.microsoft"
-
-
-class Operators(enum.Enum):
-    """Which operators a pass may write."""
-
-    ONNX = "onnx"
-    """Standard ones only, for any runtime."""
-
-    MICROSOFT = "microsoft"
-    """Also those of the domain com.microsoft, which ONNX Runtime alone has."""
 
 
 class Writer:

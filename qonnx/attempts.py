@@ -17,12 +17,12 @@ import onnx_ir as ir
 
 from qonnx.auto_ranges import best_throughout, least_disturbing
 from qonnx.bias_correction import correct_biases
-from qonnx.calibrators import Auto, Average
-from qonnx.comparison import Comparison, ModelSource, compare
+from qonnx.calibrators import Auto, Average, MinMax
+from qonnx.comparison import NOTHING_COMPARED, Comparison, ModelSource, compare
 from qonnx.errors import DataError, ModelError
+from qonnx.formats import insert
 from qonnx.graph import first_line, parameters, save
 from qonnx.numerics import Dtype
-from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, make_plan
 from qonnx.ranges import Range, calibrated
@@ -61,8 +61,9 @@ class Job:
         recipe: resolved for the target.
         target: the consumer of the quantized graph.
         sample: some of the batches that calibration saw, for bias correction.
-        choose: the held-back batches that choices are made on.
-        digest: of the calibration data.
+        choose: the held-back batches that choices are made on; none for a format that needs no calibration, or for
+            a plan that was given.
+        digest: of the calibration data, or "".
         file: where the quantized model is written.
     """
 
@@ -82,7 +83,7 @@ class Attempt:
 
     Attributes:
         plan: what was written.
-        comparison: with the float model, on the batches that choices are made on.
+        comparison: with the float model, on the batches that choices are made on; empty without any.
         bytes: of the weights.
         costs: what each layer alone does to the outputs, the worst first, where that was measured.
     """
@@ -134,19 +135,26 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
     return replace(best, costs=costs)
 
 
+def only_attempt(job: Job) -> Attempt:
+    """Plans and writes in a format that measures activations when the model runs, or not at all."""
+    plan = make_plan(job.prepared, Statistics({}), {}, job.recipe, job.target)
+    return write(job, plan)
+
+
 def write(job: Job, plan: QuantPlan) -> Attempt:
-    """Writes the quantized model and compares it with the original.
+    """Writes the quantized model and compares it with the original where there are batches to choose on.
 
     Raises:
         RecipeError: the plan does not fit the model.
         ModelError: what came out is not valid ONNX.
     """
     quantized = job.prepared.clone()
-    InsertQDQ(plan)(quantized)
+    insert(quantized, plan)
     _stamp(quantized, plan, job)
     save(quantized, job.file)
     _check_valid(quantized, job.file)
-    return Attempt(plan, compare(job.model, job.file, list(job.choose)), parameters(quantized)[1])
+    comparison = compare(job.model, job.file, list(job.choose)) if job.choose else NOTHING_COMPARED
+    return Attempt(plan, comparison, parameters(quantized)[1])
 
 
 def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
@@ -155,6 +163,8 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
     grid = Dtype.INT8 if isinstance(dtype, msgspec.UnsetType) else dtype
     placement, symmetric = place(job.prepared, job.recipe, job.target), job.target.symmetric
     values = [value for value in candidates(placement) if value not in placement.probabilities]
+    if isinstance(calibrator, Auto) and not grid.is_integer:
+        calibrator = MinMax()  # a float grid is as fine around 0 wherever it ends: nothing is gained by clipping
     if not isinstance(calibrator, Auto):
         return calibrated(values, statistics, calibrator, grid, symmetric=symmetric)
     tried = [calibrated(values, statistics, each, grid, symmetric=symmetric) for each in calibrator.candidates]
@@ -217,4 +227,5 @@ def _stamp(model: ir.Model, plan: QuantPlan, job: Job) -> None:
     recipe = msgspec.json.encode(job.recipe).decode() if plan.recipe == job.recipe.name else plan.recipe
     model.metadata_props["qonnx.recipe"] = recipe
     model.metadata_props["qonnx.target"] = job.target.name
-    model.metadata_props["qonnx.calibration_data"] = job.digest
+    if plan.format.calibrated and job.digest:
+        model.metadata_props["qonnx.calibration_data"] = job.digest

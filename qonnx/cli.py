@@ -177,13 +177,21 @@ def calibrate(
 @app.command()
 def quantize(
     model: Model,
-    data: Data,
     output: Annotated[
         Path,
         typer.Option(
             "-o", "--output", metavar="FILE", help="The quantized model to write (.onnx).", show_default=False
         ),
     ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of .npz files, one batch each: an array per input of the model, under the input's name. "
+            "Recipes that measure nothing beforehand (`qonnx recipes`) need none; it then only serves the comparison.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(metavar="NAME|FILE", help="A built-in recipe (`qonnx recipes`) or a YAML file.  [default: int8]"),
@@ -227,7 +235,9 @@ def quantize(
     with (
         _writing(save_plan) as write_plan,
         _writing(json) as write_json,
-        calibrating(batch_count(data, max_batches, hold_out=True), then="planning and comparing") as progress,
+        calibrating(
+            0 if data is None else batch_count(data, max_batches, hold_out=True), then="planning and comparing"
+        ) as progress,
     ):
         result = run(
             model,
@@ -245,7 +255,7 @@ def quantize(
         write_json(_json(result))
     _print(result_tables(result))
     if result.warnings:
-        _next("compare", model, output, "--data", data, "--layers")
+        _next("compare", model, output, "--data", data or "FOLDER", "--layers")
     elif find_target(target).compute_capability:
         _next("engine", output, "-o", output.with_suffix(".plan"), "--target", target)
 

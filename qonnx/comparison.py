@@ -96,6 +96,10 @@ class Comparison(msgspec.Struct, frozen=True):
         return tuple(sorted(_measured(self.layers), key=lambda layer: layer.sqnr_db)[:count])
 
 
+NOTHING_COMPARED = Comparison((), (), (), 0, Optimization.NONE)
+"""What stands in the place of a comparison where there were no data."""
+
+
 def compare(
     reference: ModelSource,
     candidate: ModelSource,

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from qonnx.attention import MOVES, cut_edge, result, value_products, values_index
 from qonnx.graph import dtype_name, is_float, is_initializer, module_path, rank
 from qonnx.linear import LINEAR_OPS, Linear, linear_of
-from qonnx.recipe import PerChannel, Recipe
+from qonnx.recipe import Format, PerChannel, Recipe, Weights
+from qonnx.rules import Settings
 from qonnx.targets import Target
 
 # They are applied where the convolution before them writes its result: its range is the one behind them.
@@ -45,16 +46,18 @@ class Operand:
         edge: where the value is read; for a weight, where the stored initializer is read.
         value: the name of the value.
         channel_axis: of a weight as stored, the axis of output channels; None for an activation.
+        block_axis: of a weight as stored, the axis along which neighbours may share a scale: that which is summed over.
     """
 
     edge: Edge
     value: str
     channel_axis: int | None = None
+    block_axis: int | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A matrix product or convolution.
+    """A matrix product or convolution, or a table that is quantized like their weights.
 
     Attributes:
         node: its node name.
@@ -63,6 +66,7 @@ class Layer:
         operands: what must be quantized for it to run on integers; empty when that is impossible.
         output: the name of its result, bias included.
         reason: why it stays in float, or "" when it is quantized.
+        settings: how it is to be quantized.
     """
 
     node: str
@@ -71,18 +75,19 @@ class Layer:
     operands: tuple[Operand, ...]
     output: str
     reason: str
+    settings: Settings
 
 
-def find_layers(graph: ir.Graph, recipe: Recipe, target: Target, reasons: Mapping[str, str]) -> tuple[Layer, ...]:
+def find_layers(graph: ir.Graph, recipe: Recipe, target: Target, settings: Mapping[str, Settings]) -> tuple[Layer, ...]:
     """Every matrix product and convolution, in graph order; bodies of subgraphs are not entered.
 
     Args:
         graph: in the form that `qonnx.passes.prepare` makes.
-        recipe: whether attention is wanted, and how weights are quantized.
+        recipe: whether attention is wanted, and in which format.
         target: the consumer of the quantized graph.
-        reasons: by node name, layers to leave in float whatever they are.
+        settings: of each node, by name.
     """
-    return _whole_attention(graph, tuple(_layers(graph, recipe, target, reasons)))
+    return _whole_attention(graph, tuple(_layers(graph, recipe, target, settings)))
 
 
 def is_gpu(target: Target) -> bool:
@@ -90,25 +95,26 @@ def is_gpu(target: Target) -> bool:
     return target.compute_capability is not None
 
 
-def _layers(graph: ir.Graph, recipe: Recipe, target: Target, reasons: Mapping[str, str]) -> Iterator[Layer]:
+def _layers(graph: ir.Graph, recipe: Recipe, target: Target, settings: Mapping[str, Settings]) -> Iterator[Layer]:
     for node in graph:
         if node.domain not in ("", "ai.onnx") or node.op_type not in LINEAR_OPS:
             continue
-        left = reasons.get(node.name or "")
+        chosen = settings[node.name or ""]
+        left = chosen.reason or _no_rows(node, recipe)
         linear = linear_of(node)
         unfit = _not_float(node.inputs[0]) or _not_float(node.inputs[1])
         constants = [value for value in node.inputs[:2] if _is_constant(value)]
         if unfit:
-            yield _layer(node, (), node.outputs[0], left or unfit)
+            yield _layer(node, (), node.outputs[0], chosen, left or unfit)
         elif linear is not None:
-            reason = left or _no_gain(linear) or _no_scales(linear, recipe)
-            yield _layer(node, _linear_operands(linear), linear.output, reason)
+            reason = left or _no_gain(linear) or _no_scales(linear, chosen.weights)
+            yield _layer(node, _linear_operands(linear), linear.output, chosen, reason)
         elif node.op_type != "MatMul" or constants:
             weight = constants[-1] if constants else node.inputs[1]
-            yield _layer(node, (), node.outputs[0], left or _why_no_weight(weight))
+            yield _layer(node, (), node.outputs[0], chosen, left or why_no_weight(weight))
         else:
             reason = left or _no_attention(node, recipe) or _no_gain_in_attention(node, target)
-            yield _layer(node, _product_operands(node, target), node.outputs[0], reason)
+            yield _layer(node, _product_operands(node, target), node.outputs[0], chosen, reason)
 
 
 def _no_attention(node: ir.Node, recipe: Recipe) -> str:
@@ -188,15 +194,15 @@ def _is_fused(node: ir.Node) -> bool:
     return size is None or size in _FUSED_HEAD_SIZES
 
 
-def _layer(node: ir.Node, operands: tuple[Operand, ...], output: ir.Value, reason: str) -> Layer:
-    return Layer(node.name or "", node.op_type, module_path(node), operands, output.name or "", reason)
+def _layer(node: ir.Node, operands: tuple[Operand, ...], output: ir.Value, chosen: Settings, reason: str) -> Layer:
+    return Layer(node.name or "", node.op_type, module_path(node), operands, output.name or "", reason, chosen)
 
 
 def _linear_operands(linear: Linear) -> tuple[Operand, ...]:
     reader, index = linear.weight_reader
     return (
         Operand(Edge(linear.node.name or "", linear.data_index), linear.data.name or ""),
-        Operand(Edge(reader.name or "", index), linear.weight.name or "", linear.output_axis),
+        Operand(Edge(reader.name or "", index), linear.weight.name or "", linear.output_axis, linear.input_axis),
     )
 
 
@@ -212,7 +218,8 @@ def _is_constant(value: ir.Value | None, depth: int = 8) -> bool:
     return all(read is None or _is_constant(read, depth - 1) for read in producer.inputs)
 
 
-def _why_no_weight(value: ir.Value | None) -> str:
+def why_no_weight(value: ir.Value | None) -> str:
+    """Why the second operand of a product is no weight that could be stored in fewer bits."""
     if value is None or not _is_constant(value):
         return "its weight is not a constant"
     if not is_initializer(value):
@@ -220,9 +227,21 @@ def _why_no_weight(value: ir.Value | None) -> str:
     return "its weight is a vector" if rank(value) == 1 else "its weight is not one matrix"
 
 
-def _no_scales(linear: Linear, recipe: Recipe) -> str:
+def _no_rows(node: ir.Node, recipe: Recipe) -> str:
+    """Why no scales that differ from row to row can be found for what a node reads."""
+    if recipe.format is not Format.PER_TOKEN:
+        return ""
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return "a convolution sums over several positions: scales per token do not factor out (format dynamic has one)"
+    ranks = [rank(value) for value in node.inputs[:2]]
+    if None in ranks or ranks[1] == 1:
+        return "the rank of what it reads is not known" if None in ranks else "multiplies by a vector"
+    return ""
+
+
+def _no_scales(linear: Linear, weights: Weights) -> str:
     """Weights for which ONNX Runtime's integer kernels have no scales per channel: it loads them and fails to run."""
-    if linear.node.op_type != "MatMul" or not isinstance(recipe.weights.granularity, PerChannel):
+    if linear.node.op_type != "MatMul" or not isinstance(weights.granularity, PerChannel):
         return ""
     if linear.weight_index == 0:
         return "its weight comes first: ONNX Runtime has no scales per channel there"

@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
-from qonnx.attempts import Attempt, Job, best_attempt, write
+from qonnx.attempts import Attempt, Job, best_attempt, only_attempt, write
 from qonnx.calibrators import EXTREMES
-from qonnx.comparison import Comparison, compare
+from qonnx.comparison import NOTHING_COMPARED, Comparison, compare
 from qonnx.data import HoldOut, batches
 from qonnx.errors import DataError, ModelError, OutputError, TargetError
 from qonnx.graph import all_graphs, is_float, load, parameters, publish, staging
@@ -29,11 +29,14 @@ from qonnx.passes.prepare import prepare
 from qonnx.placement import Placement, candidates, place
 from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
-from qonnx.recipe import Recipe, load_recipe, resolve
+from qonnx.recipe import RECIPES, Recipe, load_recipe, minimum_opset, resolve
 from qonnx.runtime import input_specs
 from qonnx.sensitivity import LayerCost
 from qonnx.statistics import Statistics
 from qonnx.targets import target as find_target
+
+# The built-in recipes that need no calibration.
+_FREE = ", ".join(recipe.name for recipe in RECIPES if not recipe.format.calibrated)
 
 _QUANTIZED_OPERATORS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger"})
 _QUANTIZED_OPERATORS |= {"ConvInteger", "QLinearConv", "QLinearMatMul", "QGemm", "MatMulNBits"}
@@ -55,7 +58,8 @@ class Result(msgspec.Struct, frozen=True):
     Attributes:
         output: the file that was written.
         plan: every decision.
-        comparison: float against quantized model, on batches that neither calibration nor any choice saw.
+        comparison: float against quantized model, on batches that neither calibration nor any choice saw; empty
+            without data.
         held_out: the number of those batches; 0 when there was only one batch and it served for both.
         float_bytes: weights before, in bytes.
         quantized_bytes: weights after, in bytes.
@@ -124,7 +128,8 @@ def quantize(
         model: path of a float ONNX model, or the model itself (it is not changed).
         data: calibration batches, see `qonnx.data.batches`; a single large one is cut into parts. One batch in four is
             held back, up to four, or more when they are small; the first half of these serves to choose on, the other
-            to judge by.
+            to judge by. Formats that measure no activation beforehand are judged by all of them, and take None, too:
+            then nothing is compared.
         output: where the quantized model goes. Nothing is written when anything fails.
         recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
         target: the consumer of the graph, see `qonnx.targets`.
@@ -143,46 +148,61 @@ def quantize(
     given = QuantPlan.load(plan) if isinstance(plan, str | os.PathLike) else plan
     output = Path(output)
     _check_output(model, output)
+    calibrated = chosen.format.calibrated if given is None else given.format.calibrated
+    if data is None and given is None and calibrated:
+        raise DataError(f"recipe {chosen.name} needs calibration data; give some, or take one that needs none: {_FREE}")
+    if statistics is not None and not calibrated:
+        raise DataError(f"format {chosen.format} measures activations when the model runs, or none: omit statistics")
     if given is not None and given.target != consumer.name:
         raise TargetError(f"the plan was made for {given.target}, not for {consumer.name}: make it again, or use that")
     clock = _Clock()
     with staging(output) as folder:
-        prepared, notes = _prepared(model)
+        prepared, notes = _prepared(model, minimum_opset(chosen))
         clock.lap("prepare")
-        held = HoldOut(_stream(prepared, data, max_batches))
+        held = HoldOut(() if data is None else _stream(prepared, data, max_batches))
         sample: list[Batch] = []
         stream = _keeping(held, sample)
         draft = place(prepared, chosen, consumer)
         if statistics is not None:
             measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
             _check_statistics(measured, draft)
-        elif given is None:
+        elif given is None and calibrated:
             needed = not isinstance(chosen.activations.calibrator, EXTREMES)
             counted = [value for value in candidates(draft) if needed and value not in draft.probabilities]
             measured = observe(prepared, candidates(draft), stream, distributions=counted, progress=progress)
         deque(stream, maxlen=0)  # what was not read yet: the steps below need some of it
         clock.lap("calibrate")
         file = folder / output.name
-        half = max(1, len(held.kept) // 2)
-        job = Job(model, prepared, chosen, consumer, sample, held.kept[:half], held.digest, file)
-        attempt = write(job, without_left_layers(given)) if given is not None else best_attempt(job, measured)
-        judged = held.kept[half:] or held.kept
-        comparison = compare(model, file, judged)
+        chosen_on, judged = _split(held, sample, calibrated)
+        job = Job(model, prepared, chosen, consumer, sample, chosen_on, "" if data is None else held.digest, file)
+        if given is not None:
+            attempt = write(job, without_left_layers(given))
+        else:
+            attempt = best_attempt(job, measured) if calibrated else only_attempt(job)
+        comparison = compare(model, file, judged) if judged else NOTHING_COMPARED
         clock.lap("plan, insert and compare")
         publish(folder, output.parent)
     return Result(
         output=str(output),
         plan=attempt.plan,
         comparison=comparison,
-        held_out=0 if held.shared else len(judged),
+        held_out=0 if held.shared and calibrated else len(judged),
         float_bytes=parameters(prepared)[1],
         quantized_bytes=attempt.bytes,
-        lookup_bytes=_lookup_bytes(prepared),
+        lookup_bytes=_lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
         notes=notes,
-        warnings=_warnings(attempt, comparison, held, chosen),
+        warnings=_warnings(attempt, comparison, held, chosen, calibrated),
         costs=attempt.costs,
     )
+
+
+def _split(held: HoldOut, sample: list[Batch], calibrated: bool) -> tuple[list[Batch], list[Batch]]:
+    """The batches to choose on and those to judge by; without calibration nothing was chosen and all are left."""
+    if not calibrated:
+        return [], held.kept if held.shared else sample + held.kept
+    half = max(1, len(held.kept) // 2)
+    return held.kept[:half], held.kept[half:] or held.kept
 
 
 def _check_output(model: ModelSource, output: Path) -> None:
@@ -225,7 +245,7 @@ def _keeping(stream: Iterable[Batch], kept: list[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def _prepared(model: ModelSource) -> tuple[ir.Model, tuple[str, ...]]:
+def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tuple[str, ...]]:
     prepared = model.clone() if isinstance(model, ir.Model) else load(model)
     nodes = [node for graph in all_graphs(prepared) for node in graph]
     found = next((node for node in nodes if node.op_type in _QUANTIZED_OPERATORS), None)
@@ -233,7 +253,7 @@ def _prepared(model: ModelSource) -> tuple[ir.Model, tuple[str, ...]]:
         raise ModelError(
             f"the model holds {found.op_type}: quantized already; give the float model that it was made from"
         )
-    notes = prepare(prepared, minimum_opset=13)
+    notes = prepare(prepared, minimum_opset=minimum_opset)
     values = [value for node in prepared.graph for value in (*node.inputs, *node.outputs) if value is not None]
     # Scales in float16 came with opset 19; per-channel scales with 13.
     if any(value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for value in values):
@@ -241,12 +261,16 @@ def _prepared(model: ModelSource) -> tuple[ir.Model, tuple[str, ...]]:
     return prepared, notes
 
 
-def _warnings(attempt: Attempt, comparison: Comparison, held: HoldOut, recipe: Recipe) -> tuple[str, ...]:
+def _warnings(
+    attempt: Attempt, comparison: Comparison, held: HoldOut, recipe: Recipe, calibrated: bool
+) -> tuple[str, ...]:
     """What to say loudly."""
     warnings = []
     listed = "; the layers that cost most are listed" if attempt.costs else ""
     if not attempt.plan.quantized_layers:
         warnings.append("no layer was quantized: the file computes what the float model computes")
+    if not comparison.batches:
+        return (*warnings, "no data were given: how much the outputs changed is not known")
     for output in comparison.outputs:
         if output.nonfinite > output.nonfinite_reference:
             warnings.append(f"output {output.name}: {output.nonfinite} values are not finite")
@@ -259,6 +283,8 @@ def _warnings(attempt: Attempt, comparison: Comparison, held: HoldOut, recipe: R
             warnings.append(f"output {output.name}: {1 - output.agreement:.2%} of its integers differ")
         if output.mismatched_batches:
             warnings.append(f"output {output.name}: its shape differs in {output.mismatched_batches} batches")
+    if not calibrated:
+        return tuple(warnings)
     if held.shared:
         warnings.append("only one batch was given: the comparison uses the batch that calibration saw")
     elif len(held.kept) == 1:
@@ -266,13 +292,15 @@ def _warnings(attempt: Attempt, comparison: Comparison, held: HoldOut, recipe: R
     return tuple(warnings)
 
 
-def _lookup_bytes(model: ir.Model) -> int:
+def _lookup_bytes(model: ir.Model, plan: QuantPlan) -> int:
     """Bytes of embedding tables and the like, which are looked up and not multiplied, and stay in float."""
+    quantized = {weight.value for weight in plan.weights}
     return sum(
         int(value.const_value.nbytes)
         for value in model.graph.initializers.values()
         if value.const_value is not None
         and is_float(value)
+        and value.name not in quantized
         and any(usage.node.op_type == "Gather" and usage.idx == 0 for usage in value.uses())
     )
 

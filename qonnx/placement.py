@@ -9,19 +9,37 @@ This file decides from the graph alone; `qonnx.plan` adds the numbers. To quanti
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from qonnx.attention import cut_edge, is_probability, projection, values_index
-from qonnx.graph import is_float, module_path, rank
+from qonnx.graph import is_float, rank
 from qonnx.layers import ACTIVATION_FUNCTIONS, Layer, find_layers, is_gpu
 from qonnx.layers import Edge as Edge
-from qonnx.recipe import Recipe
+from qonnx.recipe import Format, Recipe, Weights
+from qonnx.rules import settings_of
 from qonnx.targets import Target
+from qonnx.weight_layers import find_weights
+
+
+class StoredWeight(NamedTuple):
+    """An initializer, and how some of the nodes that read it want it quantized.
+
+    Attributes:
+        value: the name of the initializer.
+        channel_axis: the axis of output channels.
+        block_axis: the axis along which neighbours may share a scale.
+        how: what the recipe says.
+    """
+
+    value: str
+    channel_axis: int
+    block_axis: int | None
+    how: Weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +49,7 @@ class Placement:
     Attributes:
         layers: every matrix product and convolution, quantized or not, in graph order.
         activations: value name -> the edges of that value to quantize.
-        weights: (initializer name, channel axis) -> the edges of that initializer to quantize.
+        weights: initializer and how to quantize it -> the edges of that initializer that read it so.
         ties: value name -> the name that stands for all values that must share one scale with it.
         probabilities: values that are outputs of a Softmax: their range is known to be 0 to 1.
         float_operators: operator -> (how many stay in float, why).
@@ -39,7 +57,7 @@ class Placement:
 
     layers: tuple[Layer, ...]
     activations: Mapping[str, tuple[Edge, ...]]
-    weights: Mapping[tuple[str, int], tuple[Edge, ...]]
+    weights: Mapping[StoredWeight, tuple[Edge, ...]]
     ties: Mapping[str, str]
     probabilities: frozenset[str]
     float_operators: Mapping[str, tuple[int, str]]
@@ -78,21 +96,27 @@ def place(model: ir.Model, recipe: Recipe, target: Target, leave: Mapping[str, s
 
     The model must be in the form that `qonnx.passes.prepare` makes: unique node names, shapes inferred where possible.
     """
-    reasons = {**_ruled_out(model.graph, recipe), **(leave or {})}
-    layers = find_layers(model.graph, recipe, target, reasons)
+    settings = settings_of(model.graph, recipe, leave)
+    if recipe.format is Format.WEIGHT_ONLY:
+        layers = find_weights(model.graph, settings, target)
+    else:
+        layers = find_layers(model.graph, recipe, target, settings)
     activations: dict[str, set[Edge]] = {}
-    weights: dict[tuple[str, int], set[Edge]] = {}
+    weights: dict[StoredWeight, set[Edge]] = {}
     for layer in layers:
         for operand in layer.operands if not layer.reason else ():
             if operand.channel_axis is None:
                 activations.setdefault(operand.value, set()).add(operand.edge)
             else:
-                weights.setdefault((operand.value, operand.channel_axis), set()).add(operand.edge)
+                stored = StoredWeight(operand.value, operand.channel_axis, operand.block_axis, layer.settings.weights)
+                weights.setdefault(stored, set()).add(operand.edge)
     ties = _Ties()
     quantized = {layer.node for layer in layers if not layer.reason}
-    if is_gpu(target):
-        _keep_projections_whole(model.graph, quantized, activations)
-    moved = _extend(model.graph, quantized, activations, ties, target)
+    moved: set[str] = set()
+    if recipe.format.calibrated:
+        if is_gpu(target):
+            _keep_projections_whole(model.graph, quantized, activations)
+        moved = _extend(model.graph, quantized, activations, ties, target)
     counts = Counter(node.op_type for node in model.graph if node.name not in quantized | moved)
     for layer in layers:
         if layer.reason:
@@ -120,20 +144,6 @@ def candidates(placement: Placement) -> tuple[str, ...]:
     for layer in placement.layers:
         names.update(dict.fromkeys(operand.value for operand in layer.operands if operand.channel_axis is None))
     return tuple(names)
-
-
-def _ruled_out(graph: ir.Graph, recipe: Recipe) -> dict[str, str]:
-    reasons: dict[str, str] = {}
-    for node in graph:
-        for number, rule in enumerate(recipe.rules, start=1):
-            match, name = rule.match, node.name or ""
-            if (
-                fnmatch.fnmatchcase(node.op_type, match.op)
-                and fnmatch.fnmatchcase(module_path(node), match.path)
-                and fnmatch.fnmatchcase(name, match.name)
-            ):
-                reasons[name] = f"rule {number} of the recipe" if rule.skip else ""
-    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _keep_projections_whole(graph: ir.Graph, quantized: set[str], activations: dict[str, set[Edge]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,12 +19,16 @@ import onnx_ir as ir
 
 from qonnx.errors import RecipeError
 from qonnx.graph import FLOAT_TYPES, float32, publish, staging
-from qonnx.numerics import Dtype, Granularity, PerAxis, PerTensor, absmax, scale_and_zero_point
-from qonnx.placement import Edge, Placement, place
+from qonnx.numerics import Blocked, Dtype, Granularity, PerAxis, PerTensor, scale_and_zero_point
+from qonnx.placement import Edge, Placement, StoredWeight, place
 from qonnx.ranges import Range
-from qonnx.recipe import PerChannel, Recipe
+from qonnx.recipe import Clip, Format, Operators, PerBlock, Recipe
 from qonnx.statistics import Statistics, TensorStatistics
 from qonnx.targets import Target
+from qonnx.weight_scales import weight_scales
+
+# Scales per token are found for whole rows, however long these are when the model runs.
+_WHOLE_AXIS = 2**31 - 1
 
 
 class TensorPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -102,6 +106,8 @@ class QuantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: tuple[LayerPlan, ...]
     float_operators: tuple[FloatOperators, ...] = ()
     biases: tuple[BiasPlan, ...] = ()
+    format: Format = Format.QDQ
+    operators: Operators = Operators.ONNX
 
     @property
     def quantized_layers(self) -> tuple[LayerPlan, ...]:
@@ -170,8 +176,13 @@ def make_plan(
     grid = _Grid(_dtype(recipe), target.symmetric)
     draft = place(model, recipe, target, leave)
     known = {**ranges, **{value: Range(0.0, 1.0, "softmax") for value in draft.probabilities}}
-    unfit = _unfit(draft, statistics, known, recipe, grid)
-    placement = place(model, recipe, target, {**unfit, **(leave or {})})
+    if recipe.format.calibrated:
+        unfit = _unfit(draft, statistics, known, recipe, grid)
+        placement = place(model, recipe, target, {**unfit, **(leave or {})})
+        activations = _activation_plans(model.graph, placement, statistics, known, grid)
+    else:
+        placement = draft
+        activations = tuple(_run_time_activations(model.graph, placement, recipe))
     layers = tuple(
         LayerPlan(node=layer.node, op=layer.op, output=layer.output, path=layer.path, reason=layer.reason)
         for layer in placement.layers
@@ -179,10 +190,12 @@ def make_plan(
     return QuantPlan(
         target=target.name,
         recipe=recipe.name,
-        activations=_activation_plans(model.graph, placement, statistics, known, grid),
-        weights=_weight_plans(model.graph, placement, recipe),
+        activations=activations,
+        weights=_weight_plans(model.graph, placement, recipe, target),
         layers=layers,
         float_operators=tuple(FloatOperators(op, *entry) for op, entry in placement.float_operators.items()),
+        format=recipe.format,
+        operators=recipe.operators,
     )
 
 
@@ -307,18 +320,64 @@ def without_left_layers(plan: QuantPlan) -> QuantPlan:
     )
 
 
-def _weight_plans(graph: ir.Graph, placement: Placement, recipe: Recipe) -> tuple[TensorPlan, ...]:
+def _run_time_activations(graph: ir.Graph, placement: Placement, recipe: Recipe) -> Iterator[TensorPlan]:
+    """Activations that are measured when the model runs; what a Softmax writes reaches from 0 to 1 in any case."""
+    nodes = {node.name: node for node in graph}
+    rows: dict[tuple[str, int], list[Edge]] = {}
+    for value, edges in placement.activations.items():
+        if recipe.format is Format.DYNAMIC and value in placement.probabilities:
+            scale, _ = scale_and_zero_point(0.0, 1.0, Dtype.UINT8, symmetric=False)
+            yield TensorPlan(value, edges, Dtype.UINT8, PerTensor(), _floats(scale), (), 0.0, 1.0, source="softmax")
+        elif recipe.format is Format.DYNAMIC:
+            yield TensorPlan(value, edges, Dtype.UINT8, PerTensor(), (), source="run time")
+        else:
+            for edge in edges:
+                rows.setdefault((value, _summed_axis(nodes[edge.node], edge.input)), []).append(edge)
+    for (value, axis), read in rows.items():
+        yield TensorPlan(value, tuple(read), Dtype.INT8, Blocked(axis, _WHOLE_AXIS), (), source="run time")
+
+
+def _summed_axis(node: ir.Node, index: int) -> int:
+    """The axis of an operand of a product that is summed over, from the back."""
+    if node.op_type == "Gemm":
+        return -2 if node.attributes.get_int("transA", 0) else -1
+    return -2 if index else -1
+
+
+def _weight_plans(graph: ir.Graph, placement: Placement, recipe: Recipe, target: Target) -> tuple[TensorPlan, ...]:
     plans = []
-    for (name, axis), edges in placement.weights.items():
-        tensor = graph.initializers[name].const_value
+    for stored, edges in placement.weights.items():
+        tensor = graph.initializers[stored.value].const_value
         if tensor is None or tensor.dtype not in FLOAT_TYPES:
             continue
-        granularity = PerAxis(axis) if isinstance(recipe.weights.granularity, PerChannel) else PerTensor()
-        largest = absmax(float32(tensor.numpy()), granularity)
-        scale, _ = scale_and_zero_point(-largest, largest, recipe.weights.dtype, symmetric=True)
-        scale = _stored(scale, tensor.dtype)
-        plans.append(TensorPlan(name, edges, recipe.weights.dtype, granularity, _floats(scale), source="absmax"))
+        how = stored.how
+        granularity = _granularity(stored)
+        # Zero points that differ between columns are more than integer products take.
+        symmetric = how.dtype.signed or target.symmetric or recipe.format is not Format.WEIGHT_ONLY
+        scale, zeros = weight_scales(
+            float32(tensor.numpy()), how.dtype, granularity, symmetric=symmetric, clip=how.clip
+        )
+        plans.append(
+            TensorPlan(
+                value=stored.value,
+                edges=edges,
+                dtype=how.dtype,
+                granularity=granularity,
+                scale=_floats(_stored(scale, tensor.dtype)),
+                zero_point=tuple(map(int, np.ravel(zeros))) if zeros.any() else (),
+                source="absmax" if how.clip is Clip.NONE else how.clip,
+            )
+        )
     return tuple(plans)
+
+
+def _granularity(stored: StoredWeight) -> Granularity:
+    match stored.how.granularity:
+        case PerTensor():
+            return PerTensor()
+        case PerBlock(block_size=size) if stored.block_axis is not None:
+            return Blocked(stored.block_axis, size)
+    return PerAxis(stored.channel_axis)
 
 
 def _stored(scale: npt.NDArray[np.float32], dtype: ir.DataType | None) -> npt.NDArray[np.float32]:

@@ -11,26 +11,75 @@ from typing import Any
 import msgspec
 
 from qonnx.calibrators import Auto, Average, Calibrator, MinMax
-from qonnx.errors import RecipeError
+from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Dtype, PerTensor
 from qonnx.targets import Target, check_types
 
 
 class Format(enum.StrEnum):
-    """How quantization is written into the graph."""
+    """How quantization is written into the graph, and with that when activations are measured."""
 
     QDQ = "qdq"
+    """QuantizeLinear and DequantizeLinear around float operators: the runtime makes integer kernels of them."""
+
+    QOPERATOR = "qoperator"
+    """Integer operators such as QLinearConv, for ONNX Runtime."""
+
+    DYNAMIC = "dynamic"
+    """Activations by the range that they have at run time, one scale a tensor, for ONNX Runtime."""
+
+    PER_TOKEN = "per_token"
+    """Activations by the range that each row has at run time, for ONNX Runtime."""
+
+    WEIGHT_ONLY = "weight_only"
+    """Weights alone; the arithmetic stays in float."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether ranges of activations have to be measured before."""
+        return self in (Format.QDQ, Format.QOPERATOR)
+
+
+class Operators(enum.StrEnum):
+    """Which operators may be written."""
+
+    ONNX = "onnx"
+    """Standard ones only, for any runtime."""
+
+    MICROSOFT = "microsoft"
+    """Also those of the domain com.microsoft, such as MatMulNBits and QGemm, which ONNX Runtime alone has."""
 
 
 class PerChannel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="per_channel"):
     """One scale for each output channel of a weight; which axis that is depends on the operator."""
 
 
+class PerBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="blocked"):
+    """One scale for `block_size` neighbours along the axis of a weight that is summed over."""
+
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise RecipeError(f"block_size {self.block_size} is not possible: give a size of 1 or more")
+
+
+class Clip(enum.StrEnum):
+    """Where the grid of a weight ends."""
+
+    NONE = "none"
+    """At the largest magnitude."""
+
+    MSE = "mse"
+    """Where the mean squared error of the group that shares a scale is least."""
+
+
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How weights are quantized: symmetric, the scale from the largest absolute value."""
+    """How weights are quantized: signed types symmetrically, unsigned ones of weight-only formats with zero points."""
 
     dtype: Dtype = Dtype.INT8
-    granularity: PerChannel | PerTensor = PerChannel()
+    granularity: PerChannel | PerTensor | PerBlock = PerChannel()
+    clip: Clip = Clip.NONE
 
 
 class Activations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +119,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             float, at most a quarter of all; 0 to never do that.
         correct_biases: whether biases take up the shift of the mean that rounding causes.
         format: how quantization is written into the graph.
+        operators: which operators may be written.
         rules: exceptions for single nodes.
     """
 
@@ -81,6 +131,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     goal_sqnr_db: float = 16.0
     correct_biases: bool = True
     format: Format = Format.QDQ
+    operators: Operators = Operators.ONNX
     rules: tuple[Rule, ...] = ()
 
 
@@ -88,6 +139,23 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(name="int8"),
     Recipe(name="int8-minmax", activations=Activations(calibrator=MinMax())),
     Recipe(name="int8-average", activations=Activations(calibrator=Average())),
+    Recipe(
+        name="fp8",
+        weights=Weights(Dtype.FLOAT8E4M3FN),
+        activations=Activations(dtype=Dtype.FLOAT8E4M3FN),
+    ),
+    Recipe(name="int8-qoperator", format=Format.QOPERATOR),
+    Recipe(name="int8-dynamic", format=Format.DYNAMIC, attention=False),
+    Recipe(name="int8-per-token", format=Format.PER_TOKEN, attention=False),
+    Recipe(name="w8", format=Format.WEIGHT_ONLY),
+    Recipe(name="w4", format=Format.WEIGHT_ONLY, weights=Weights(Dtype.INT4, PerBlock(128), Clip.MSE)),
+    Recipe(name="w4-block32", format=Format.WEIGHT_ONLY, weights=Weights(Dtype.INT4, PerBlock(32), Clip.MSE)),
+    Recipe(
+        name="w4-nbits",
+        format=Format.WEIGHT_ONLY,
+        weights=Weights(Dtype.INT4, PerBlock(32), Clip.MSE),
+        operators=Operators.MICROSOFT,
+    ),
 )
 
 
@@ -117,11 +185,65 @@ def resolve(recipe: Recipe, target: Target) -> Recipe:
     Raises:
         TargetError: the target cannot run what the recipe asks for.
     """
-    dtype = recipe.activations.dtype
-    if dtype is msgspec.UNSET:
-        dtype = target.activations[0]
-    check_types(target, dtype, recipe.weights.dtype)
+    dtype = _activation_dtype(recipe, target)
+    _check_format(recipe, target)
+    check_types(target, None if recipe.format is Format.WEIGHT_ONLY else dtype, recipe.weights.dtype)
     return msgspec.structs.replace(recipe, activations=msgspec.structs.replace(recipe.activations, dtype=dtype))
+
+
+def _activation_dtype(recipe: Recipe, target: Target) -> Dtype:
+    """What the recipe says, or what the operators of its format make."""
+    if recipe.activations.dtype is not msgspec.UNSET:
+        return recipe.activations.dtype
+    match recipe.format:
+        case Format.DYNAMIC:
+            return Dtype.UINT8
+        case Format.PER_TOKEN:
+            return Dtype.INT8
+    return target.activations[0]
+
+
+def _check_format(recipe: Recipe, target: Target) -> None:
+    """Refuses operators that the target does not import, and granularities that the format cannot multiply.
+
+    Raises:
+        TargetError: with the reason and the alternative.
+    """
+    if not target.integer_operators:
+        if recipe.format not in (Format.QDQ, Format.WEIGHT_ONLY):
+            raise TargetError(
+                f"format {recipe.format} needs integer operators, which {target.name} does not import; use format qdq, "
+                "or target ort-cpu"
+            )
+        if recipe.operators is Operators.MICROSOFT:
+            raise TargetError(
+                f"operators of com.microsoft are not imported by {target.name}; use operators onnx, or target ort-cpu"
+            )
+    simulated = recipe.format is Format.QDQ and target.integer_operators
+    blocked = isinstance(recipe.weights.granularity, PerBlock)
+    if blocked and recipe.format is not Format.WEIGHT_ONLY and not simulated:
+        raise TargetError(
+            "blocked weights do not multiply with quantized activations; use granularity per_channel, or format "
+            "weight_only"
+        )
+    fixed = {Format.DYNAMIC: Dtype.UINT8, Format.PER_TOKEN: Dtype.INT8}.get(recipe.format)
+    if fixed is not None and recipe.activations.dtype not in (msgspec.UNSET, fixed):
+        raise TargetError(
+            f"format {recipe.format} makes {fixed} activations, not {recipe.activations.dtype}; leave the type out"
+        )
+
+
+def minimum_opset(recipe: Recipe) -> int:
+    """The opset that a resolved recipe needs to be simulated before it is written.
+
+    >>> minimum_opset(Recipe()), minimum_opset(load_recipe("fp8"))
+    (13, 19)
+    """
+    weights, dtype = recipe.weights, recipe.activations.dtype
+    needed = [13, weights.dtype.opset, 21 if isinstance(weights.granularity, PerBlock) else 10]
+    if not recipe.format.calibrated:
+        return 13  # nothing is simulated, and what is written raises the opset itself
+    return max(needed) if dtype is msgspec.UNSET else max(*needed, dtype.opset)
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qonnx.devices import Format
 from qonnx.plan import LayerPlan
+from qonnx.recipe import Format as Quantization
 from qonnx.roofline import Variant
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ _GOOD, _BAD, _TITLE = "bold green", "bold yellow", "bold"
 def result_tables(result: Result) -> list[Text]:
     """Whether the file can be used, what it is, what was left in float and why, and what to look out for."""
     plan = result.plan
-    judged = count(result.held_out, "held-back batch") if result.held_out else "the calibration batch"
-    verdict = f"{_verdict(result.comparison.outputs)}, judged on {judged}"
+    verdict = _verdict(result.comparison.outputs)
+    if result.comparison.batches:
+        unseen = "held-back batch" if plan.format.calibrated else "batch"
+        verdict += f", judged on {count(result.held_out, unseen) if result.held_out else 'the calibration batch'}"
     if result.warnings:
         lines = [Text(f"{result.output}: check it before use; {verdict}", _BAD)]
     else:
@@ -45,7 +48,7 @@ def result_tables(result: Result) -> list[Text]:
     lines += _warnings(result.warnings)
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     facts = [
-        ("layers", f"{len(plan.quantized_layers)} of {len(plan.layers)} on integers"),
+        ("layers", _layers(plan)),
         ("made for", f"{plan.target} with recipe {plan.recipe}"),
         ("weights", _share(result.quantized_bytes, result.float_bytes)),
         ("", _without_lookups(result)),
@@ -53,10 +56,23 @@ def result_tables(result: Result) -> list[Text]:
         *(("prepared", note) for note in result.notes),
     ]
     lines += [Text(), *_rows([fact for fact in facts if fact[1]], right=0)]
-    lines += [Text(), *_differences(result.comparison.outputs)]
+    if result.comparison.outputs:
+        lines += [Text(), *_differences(result.comparison.outputs)]
     if result.costs and result.warnings:
         lines += [Text(), *_costs(result.costs)]
     return lines + _left_in_float(plan)
+
+
+def _layers(plan: QuantPlan) -> str:
+    share = f"{len(plan.quantized_layers)} of {len(plan.layers)}"
+    types = " and ".join(sorted({str(weight.dtype) for weight in plan.weights}))
+    match plan.format:
+        case Quantization.WEIGHT_ONLY:
+            return f"{share} with weights in {types or 'float'}, computing in float"
+        case Quantization.DYNAMIC | Quantization.PER_TOKEN:
+            where = "tensor" if plan.format is Quantization.DYNAMIC else "token"
+            return f"{share} on integers, with a scale for each {where} found at run time"
+    return f"{share} on {'integers' if types.startswith(('int', 'uint')) or not types else types}"
 
 
 def comparison_tables(comparison: Comparison) -> list[Text]:

@@ -21,6 +21,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         weight_only: the types it takes for weights that float activations are multiplied with.
         symmetric: whether every zero point must be 0.
         quantize_outputs: whether a convolution only runs on integers when its output is quantized too.
+        integer_operators: whether it takes MatMulInteger, QLinearConv and the like.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     weight_only: tuple[Dtype, ...] = ()
     symmetric: bool
     quantize_outputs: bool
+    integer_operators: bool = False
 
     @property
     def compute_capability(self) -> tuple[int, int] | None:
@@ -53,7 +55,7 @@ def _tensorrt(name: str, chips: str) -> Target:
         device=gpu,
         activations=integers_or_fp8,
         weights=integers_or_fp8,
-        weight_only=(Dtype.INT4,) if gpu.compute_capability >= INT4_WEIGHTS_FROM else (),
+        weight_only=(Dtype.INT4, *integers_or_fp8) if gpu.compute_capability >= INT4_WEIGHTS_FROM else (),
         symmetric=True,
         quantize_outputs=False,
     )
@@ -79,9 +81,10 @@ TARGETS: tuple[Target, ...] = (
         device=None,
         activations=(Dtype.UINT8, Dtype.INT8),
         weights=(Dtype.INT8, Dtype.UINT8),
-        weight_only=(Dtype.INT4, Dtype.UINT4),
+        weight_only=(Dtype.INT4, *(dtype for dtype in Dtype if dtype is not Dtype.INT4)),
         symmetric=False,
         quantize_outputs=True,
+        integer_operators=True,
     ),
 )
 

@@ -15,9 +15,8 @@ from qonnx.passes.allow_types import AllowTypes
 from qonnx.passes.infer_shapes import InferShapes
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.insert_qoperator import InsertQOperator
-from qonnx.passes.writer import Operators
 from qonnx.plan import QuantPlan, TensorPlan
-from qonnx.recipe import load_recipe
+from qonnx.recipe import Operators, load_recipe
 from qonnx.runtime import session, with_outputs
 from tests.graphs import model_of
 from tests.helpers import operators, random_feeds

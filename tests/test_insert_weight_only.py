@@ -12,8 +12,8 @@ from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Blocked, Dtype, Granularity, PerAxis, PerTensor
 from qonnx.passes.insert_weight_only import InsertWeightOnly
 from qonnx.passes.matmul_nbits import WriteMatMulNBits
-from qonnx.passes.writer import Operators
 from qonnx.plan import QuantPlan
+from qonnx.recipe import Operators
 from tests.graphs import model_of
 from tests.helpers import operators, random_feeds
 from tests.plans import (

@@ -62,7 +62,7 @@ def planned(model: ir.Model, leave: Mapping[str, str] | None = None, dtype: Dtyp
     placement = place(model, resolve(Recipe(), a800), a800, leave)
     layers = tuple(LayerPlan(layer.node, layer.op, layer.output, reason=layer.reason) for layer in placement.layers)
     activations = tuple(TensorPlan(v, e, dtype, PerTensor(), (1.0,)) for v, e in placement.activations.items())
-    weights = tuple(TensorPlan(v, e, dtype, PerTensor(), (1.0,)) for (v, _), e in placement.weights.items())
+    weights = tuple(TensorPlan(v, e, dtype, PerTensor(), (1.0,)) for (v, *_), e in placement.weights.items())
     return QuantPlan("a800", "int8", activations, weights, layers)
 
 

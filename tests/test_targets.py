@@ -15,7 +15,11 @@ def test_a800_is_sm_80_and_takes_int8_and_int4_weights() -> None:
     assert a800.compute_capability == (8, 0)
     assert a800.device is not None
     assert a800.device.name == "a800-sxm-80"
-    assert (a800.activations, a800.weights, a800.weight_only) == ((Dtype.INT8,), (Dtype.INT8,), (Dtype.INT4,))
+    assert (a800.activations, a800.weights, a800.weight_only) == (
+        (Dtype.INT8,),
+        (Dtype.INT8,),
+        (Dtype.INT4, Dtype.INT8),
+    )
 
 
 def test_ort_cpu_has_no_device() -> None:
@@ -70,7 +74,7 @@ def test_the_default_recipe_runs_everywhere(known: Target) -> None:
             Dtype.INT4,
             "weights in int4 run on a800 with float activations only; leave activations in float or use int8",
         ),
-        ("a800", None, Dtype.INT8, "weights in int8 with float activations do not run on a800; use int4"),
+        ("a800", None, Dtype.UINT4, "weights in uint4 with float activations do not run on a800; use int4 or int8"),
         (
             "t4",
             None,

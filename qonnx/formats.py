@@ -1,0 +1,50 @@
+"""One pass for each format: what writes a plan into a graph."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qonnx.numerics import Dtype
+from qonnx.passes.allow_types import AllowTypes
+from qonnx.passes.insert_codebook import InsertCodebook
+from qonnx.passes.insert_dynamic import InsertDynamic
+from qonnx.passes.insert_per_token import InsertPerToken
+from qonnx.passes.insert_qdq import InsertQDQ
+from qonnx.passes.insert_qoperator import InsertQOperator
+from qonnx.passes.insert_weight_only import InsertWeightOnly
+from qonnx.passes.quantize_biases import QuantizeBiases
+from qonnx.plan import QuantPlan
+from qonnx.recipe import Format
+from qonnx.targets import target
+
+
+def insert(model: ir.Model, plan: QuantPlan) -> None:
+    """Writes a plan into the prepared model that it was made for, in the plan's format.
+
+    Raises:
+        RecipeError: the plan does not fit the model.
+        TargetError: the plan's target does not run what the plan asks for.
+        ModelError: the graph cannot be converted to the opset that the plan needs.
+    """
+    for step in passes(plan):
+        step(model)
+
+
+def passes(plan: QuantPlan) -> tuple[ir.passes.InPlacePass, ...]:
+    """The passes that write a plan, in order."""
+    match plan.format:
+        case Format.QDQ:
+            # ONNX Runtime makes an integer convolution only of one with an int32 bias; TensorRT takes float ones only.
+            biases = (QuantizeBiases(),) if target(plan.target).integer_operators else ()
+            return (AllowTypes(plan), InsertQDQ(plan), *biases)
+        case Format.QOPERATOR:
+            return (InsertQOperator(plan, plan.operators),)
+        case Format.DYNAMIC:
+            return (InsertDynamic(plan),)
+        case Format.PER_TOKEN:
+            return (InsertPerToken(plan),)
+        case Format.WEIGHT_ONLY:
+            has_codebook = any(tensor.dtype is Dtype.FLOAT4E2M1 for tensor in plan.weights)
+            if has_codebook and target(plan.target).integer_operators:
+                return (InsertCodebook(plan),)
+            return (InsertWeightOnly(plan, plan.operators),)
