@@ -56,6 +56,9 @@ _RAW_TYPES = frozenset(
 )
 
 
+_FLOAT8 = frozenset(kind for kind in ir.DataType if kind.name.startswith("FLOAT8"))
+
+
 class Optimization(enum.Enum):
     """How far ONNX Runtime rewrote the graph before running it. The value is the name of its optimization level."""
 
@@ -194,7 +197,7 @@ def session(
         origin = source = os.fspath(model)
         if not Path(model).is_file():
             raise ModelError(f"{origin}: no such file; give the path of an ONNX model")
-    for level in tuple(Optimization) if optimize else (Optimization.NONE,):
+    for level in tuple(Optimization) if optimize and not _has_float8(model) else (Optimization.NONE,):
         options = ort.SessionOptions()
         options.log_severity_level = 4  # whatever goes wrong arrives as an exception, once
         options.intra_op_num_threads = threads
@@ -215,6 +218,20 @@ def session(
         else:
             break
     return Session(native, level, buffers.values(), outputs, origin)
+
+
+def _has_float8(model: ir.Model | str | os.PathLike[str]) -> bool:
+    """Whether a graph holds float8: ONNX Runtime 1.31 drops a Relu before a QuantizeLinear to it, and makes products
+    of it that it has no kernels for."""
+    import onnx
+
+    if isinstance(model, ir.Model):
+        return any(value.dtype in _FLOAT8 for value in model.graph.initializers.values())
+    try:
+        graph = onnx.load(os.fspath(model), load_external_data=False).graph
+    except Exception:  # ONNX Runtime says what is wrong with a file that cannot be read
+        return False
+    return any(tensor.data_type in _FLOAT8 for tensor in graph.initializer)
 
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
