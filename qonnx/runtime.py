@@ -221,8 +221,10 @@ def session(
 
 
 def _has_float8(model: ir.Model | str | os.PathLike[str]) -> bool:
-    """Whether a graph holds float8: ONNX Runtime 1.31 drops a Relu before a QuantizeLinear to it, and makes products
-    of it that it has no kernels for."""
+    """Whether a graph holds float8, which ONNX Runtime 1.31 gets wrong when it optimizes.
+
+    It drops a Relu before a QuantizeLinear to float8, and makes products of it that it has no kernels for.
+    """
     import onnx
 
     if isinstance(model, ir.Model):
