@@ -34,15 +34,17 @@ class Evaluation(msgspec.Struct, frozen=True):
 
     Attributes:
         metric: What was measured, e.g. "accuracy".
-        value: The figure, in percent.
+        value: The figure, in `unit`.
         samples: How many test items it rests on.
-        standard_error: Of `value`, in percentage points.
+        standard_error: Of `value`.
+        unit: "%", or "" for a plain number.
     """
 
     metric: str
     value: float
     samples: int
     standard_error: float
+    unit: str = "%"
 
 
 def torch_run(module: torch.nn.Module) -> Run:

@@ -1,5 +1,6 @@
 import os
 import re
+import struct
 import subprocess
 import threading
 import zipfile
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import fetch, minilm, mobilenet, probe, residual
+from models import fetch, gguf, minilm, mobilenet, probe, residual, smollm2
 from models.common import Batch, Evaluation, Run, torch_run
 from qonnx.errors import DataError, DependencyError
 
@@ -358,3 +359,102 @@ def test_minilm_embeddings_are_unit_vectors_that_ignore_padding_and_know_meaning
     np.testing.assert_allclose(together, alone, atol=1e-5)
     similarity = together @ together.T
     assert similarity[0, 1] > 0.5 > 0.2 > similarity[0, 2]
+
+
+# SmolLM2
+
+
+def gguf_file(path: Path, tensors: Mapping[str, tuple[int, tuple[int, ...], bytes]]) -> Path:
+    """A file of version 3 with one key; each tensor is its type, its shape as stored, and its bytes."""
+
+    def text(string: str) -> bytes:
+        return struct.pack("<Q", len(string.encode())) + string.encode()
+
+    keys = text("words") + struct.pack("<IIQ", 9, 8, 2) + text("one") + text("ü")
+    head, body = b"", b""
+    for name, (kind, shape, stored) in tensors.items():
+        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, len(body))
+        body += stored + bytes(-len(stored) % 32)
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), 1) + keys + head
+    path.write_bytes(head + bytes(-len(head) % 32) + body)
+    return path
+
+
+def test_gguf_blocks_are_expanded(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    plain = random.standard_normal((3, 5)).astype("<f4")
+    scale, offset = random.standard_normal((2, 4, 2)).astype("<f2")
+    bytes_ = random.integers(-128, 128, (4, 2, 32), dtype=np.int8)
+    nibbles = random.integers(0, 16, (4, 2, 32), dtype=np.uint8)
+    small, mixed = b"", b""
+    for row in range(4):
+        for block in range(2):
+            small += scale[row, block].tobytes() + bytes_[row, block].tobytes()
+            packed = nibbles[row, block, :16] | (nibbles[row, block, 16:] << 4)
+            mixed += scale[row, block].tobytes() + offset[row, block].tobytes() + packed.tobytes()
+    file = gguf_file(
+        tmp_path / "m.gguf",
+        {"f32": (0, (5, 3), plain.tobytes()), "q8_0": (8, (64, 4), small), "q4_1": (3, (64, 4), mixed)},
+    )
+    assert gguf.metadata(file) == {"words": ["one", "ü"]}
+    found = dict(gguf.tensors(file))
+    wide = scale.astype(np.float32)[..., None]
+    np.testing.assert_array_equal(found["f32"], plain)
+    np.testing.assert_array_equal(found["q8_0"], (wide * bytes_).reshape(4, 64))
+    expected = wide * nibbles + offset.astype(np.float32)[..., None]
+    np.testing.assert_allclose(found["q4_1"], expected.reshape(4, 64), rtol=1e-6)
+    assert {array.dtype for array in found.values()} == {np.dtype(np.float32)}
+
+
+def test_other_files_and_types_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(DataError, match="not a GGUF file of version 2 or 3"):
+        gguf.metadata(tmp_path / "other")
+    file = gguf_file(tmp_path / "m.gguf", {"odd": (14, (32, 1), bytes(100))})
+    with pytest.raises(DataError, match="GGUF tensor odd: type 14 is not one of"):
+        list(gguf.tensors(file))
+
+
+def test_losses_are_those_of_the_next_token() -> None:
+    tokens = np.array([[1, 0, 2], [2, 2, 1]])
+    logits = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    losses = smollm2.token_losses(lambda _: {"logits": logits}, {"input_ids": tokens})
+    for row in range(2):
+        for place in range(2):
+            likelihood = np.exp(logits[row, place]) / np.exp(logits[row, place]).sum()
+            assert losses[row, place] == pytest.approx(-np.log(likelihood[tokens[row, place + 1]]), rel=1e-5)
+    with pytest.raises(DataError, match="no logits for each token"):
+        smollm2.token_losses(lambda _: {"logits": logits[:, :2]}, {"input_ids": tokens})
+
+
+@pytest.mark.models
+def test_smollm2_texts_are_split_and_tokenized_as_its_authors_do() -> None:
+    splits = [set(smollm2._in_turn(name)) for name in ("calibration", "test")]
+    assert splits[0].isdisjoint(splits[1])
+    assert [len(split) for split in splits] == [82, 198]
+    tokenizer = smollm2._tokenizer()
+    assert tokenizer.encode("Hello world 12 Ross: it\u2019s\n").tokens == [
+        *("Hello", "Ġworld", "Ġ", "1", "2", "ĠRoss", ":", "Ġit", "âĢĻ", "s", "Ċ")
+    ]
+    first, second = smollm2.calibration(batches=2, batch_size=3, length=40)
+    assert first["input_ids"].shape == second["input_ids"].shape == (3, 40)
+    assert first["input_ids"].dtype == np.int64
+
+
+@pytest.mark.models
+def test_smollm2_predicts_text_with_massive_activations_at_the_first_token() -> None:
+    example = smollm2.build()
+    assert sum(parameter.numel() for parameter in example.module.parameters()) == 134_515_008
+    inputs: dict[str, torch.Tensor] = {}
+    (down,) = [part for name, part in example.module.named_modules() if name.endswith("layers.11.mlp.down_proj")]
+    down.register_forward_pre_hook(lambda _, args: inputs.update(down=args[0]))
+    run = torch_run(example.module)
+    measured = smollm2.evaluate(run, batches=1, batch_size=4, length=64)
+    assert (measured.metric, measured.unit, measured.samples) == ("perplexity", "", 4 * 63)
+    assert 20 < measured.value < 150  # by chance: 49152
+    reach = inputs["down"].abs().amax((0, 2))
+    assert reach[0] > 50 * reach[1:].max()
+    tokenizer = smollm2._tokenizer()
+    question = np.array([tokenizer.encode("The capital of France is").ids])
+    answer = int(run({"input_ids": question})["logits"][0, -1].argmax())
+    assert tokenizer.decode([answer]) == " Paris"
