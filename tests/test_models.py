@@ -449,11 +449,11 @@ def test_smollm2_predicts_text_with_massive_activations_at_the_first_token() -> 
     (down,) = [part for name, part in example.module.named_modules() if name.endswith("layers.11.mlp.down_proj")]
     down.register_forward_pre_hook(lambda _, args: inputs.update(down=args[0]))
     run = torch_run(example.module)
-    measured = smollm2.evaluate(run, batches=1, batch_size=4, length=64)
-    assert (measured.metric, measured.unit, measured.samples) == ("perplexity", "", 4 * 63)
-    assert 20 < measured.value < 150  # by chance: 49152
+    measured = smollm2.evaluate(run, batches=1, batch_size=2, length=48)
+    assert (measured.metric, measured.unit, measured.samples) == ("perplexity", "", 2 * 47)
+    assert 10 < measured.value < 200  # by chance: 49152
     reach = inputs["down"].abs().amax((0, 2))
-    assert reach[0] > 50 * reach[1:].max()
+    assert reach[0] > 20 * reach[1:].max()
     tokenizer = smollm2._tokenizer()
     question = np.array([tokenizer.encode("The capital of France is").ids])
     answer = int(run({"input_ids": question})["logits"][0, -1].argmax())
