@@ -12,6 +12,7 @@ from qonnx.passes.insert_per_token import InsertPerToken
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.insert_qoperator import InsertQOperator
 from qonnx.passes.insert_weight_only import InsertWeightOnly
+from qonnx.passes.lower_opset import LowerOpset
 from qonnx.passes.quantize_biases import QuantizeBiases
 from qonnx.plan import QuantPlan
 from qonnx.recipe import Format
@@ -36,7 +37,7 @@ def passes(plan: QuantPlan) -> tuple[ir.passes.InPlacePass, ...]:
         case Format.QDQ:
             # ONNX Runtime makes an integer convolution only of one with an int32 bias; TensorRT takes float ones only.
             biases = (QuantizeBiases(),) if target(plan.target).integer_operators else ()
-            return (AllowTypes(plan), InsertQDQ(plan), *biases)
+            return (AllowTypes(plan), InsertQDQ(plan), *biases, LowerOpset())
         case Format.QOPERATOR:
             return (InsertQOperator(plan, plan.operators),)
         case Format.DYNAMIC:
