@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import enum
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
+import onnx_ir as ir
 
+from qonnx.data import batches
+from qonnx.engine.backends import capability_of, check_settings, find_compiler
+from qonnx.engine.calibrate import check_no_qdq, from_batches, from_cache, holds_qdq
+from qonnx.engine.inspector import parse_inspection
 from qonnx.engine.listing import EngineLayer, parse_listing
-from qonnx.engine.messages import reason, refusal_message
-from qonnx.engine.profiles import Range, profiles_of
-from qonnx.engine.protocol import Profile, Reply, Request
-from qonnx.errors import DependencyError, EngineError, TargetError
-from qonnx.graph import load, publish, staging
-from qonnx.targets import TARGETS
+from qonnx.engine.messages import located, reason, refusal_message
+from qonnx.engine.profiles import Range, profiles_of, sizes_in
+from qonnx.engine.protocol import Profile, Reply, Request, Step
+from qonnx.engine.settings import Backend, Calibrator, FloatType, Settings
+from qonnx.errors import EngineError
+from qonnx.graph import load, publish, save, staging
+from qonnx.passes.convert_float import ConvertFloat
+from qonnx.runtime import input_specs
 from qonnx.targets import target as target_named
+
+_Enum = TypeVar("_Enum", bound=enum.StrEnum)
 
 # -P: a file of the working directory must not shadow a module.
 CHILD = (sys.executable, "-P", "-m", "qonnx.engine.compile_child")
@@ -54,47 +67,89 @@ def build_engine(
     plan: str | os.PathLike[str],
     *,
     target: str = "a800",
+    backend: Backend | str | None = None,
     dims: Mapping[str, Range] | None = None,
     profiles: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    data: Any = None,
+    float_type: FloatType | str = FloatType.FP32,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    calibrator: Calibrator | str | None = None,
+    calibration_cache: str | os.PathLike[str] | None = None,
+    progress: Callable[[Step], None] | None = None,
     timeout: float = 600,
 ) -> EngineReport:
-    """Compiles an ONNX file for a GPU; this machine needs neither the GPU nor a driver.
+    """Compiles an ONNX file into a TensorRT engine.
 
-    The compiler is TensorRT-RTX with strong typing: Q/DQ nodes alone decide what runs on INT8. It works in a child
-    process, so that a crash of the library is an error and not the end of the caller.
+    TensorRT for RTX needs neither a GPU nor a driver; TensorRT itself builds on the GPU that will run the engine. With
+    both, Q/DQ nodes alone decide what runs on INT8. The compiler works in a child process, so that a crash of the
+    library is an error and not the end of the caller.
 
     Args:
         model: an ONNX file, with its external data beside it.
         plan: where to write the engine; nothing is written unless all goes well.
         target: the device to build for.
+        backend: the compiler; TensorRT where it is installed beside a GPU of the target, else TensorRT for RTX.
         dims: smallest, usual and largest size of dynamic dimensions by name: `{"sequence": (1, 128, 256)}`. The
             batch, which is any named dimension that comes first in an input, is (1, 8, 32) if not given.
         profiles: smallest, usual and largest shape of inputs by name; they win over `dims`.
+        data: batches, see `qonnx.data.batches`: sizes that are not given are taken from them, and a calibrator
+            calibrates on them.
+        float_type: what is left in float32 computes in this type; inputs and outputs keep theirs.
+        settings: of the builder.
+        calibrator: for a graph without Q/DQ nodes and TensorRT up to 10: how it shall calibrate on `data`.
+        calibration_cache: for such a graph: a cache to take the ranges from, as `qonnx calibrate --cache` writes it.
+        progress: called after every step of the builder.
         timeout: seconds after which the compiler is stopped.
 
     Raises:
         ModelError: the model is missing or cannot be read.
-        TargetError: the target is not a GPU.
+        TargetError: the target is not a GPU, or the compiler cannot build for it or do what is asked.
+        DataError: the data or the cache do not fit.
         OutputError: the plan cannot be written there.
-        DependencyError: tensorrt-rtx is not installed.
+        DependencyError: the compiler is not installed.
         EngineError: the compiler refuses the graph, crashes or takes too long; or a dynamic dimension has no sizes.
     """
-    capability = target_named(target).compute_capability
-    if capability is None:
-        devices = ", ".join(known.name for known in TARGETS if known.compute_capability)
-        raise TargetError(f"target {target!r} runs no TensorRT engine; choose one of {devices}")
+    consumer = target_named(target)
+    wanted = None if backend is None else _member(Backend, backend, "backend")
+    capability = capability_of(consumer)
+    short = _member(FloatType, float_type, "float_type")
+    loaded = load(model)
+    implicit = calibrator is not None or calibration_cache is not None
+    if calibrator is not None and calibration_cache is None and data is None:
+        raise EngineError(
+            f"calibrator {str(calibrator)!r} needs data to calibrate on; give some, or a calibration cache"
+        )
     try:
-        shapes = profiles_of(load(model), dims, profiles)
+        if implicit:
+            check_no_qdq(loaded)
+        seen = {} if data is None else _sizes(loaded, data)
+        shapes = profiles_of(loaded, {**seen, **(dims or {})}, profiles)
     except EngineError as error:
         raise EngineError(f"{model}: {error}") from None
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        raise DependencyError("tensorrt-rtx is not installed: pip install 'qonnx-pipeline[rtx]'")
-    with staging(plan) as folder:
+    compiler = find_compiler(wanted, consumer, settings.hardware_compatible)
+    check_settings(compiler, settings, short, implicit)
+    with staging(plan) as folder, tempfile.TemporaryDirectory() as scratch:
+        calibration = None
+        if calibration_cache is not None:
+            calibration = from_cache(calibration_cache, compiler)
+        elif calibrator is not None:
+            calibration = from_batches(loaded, data, _member(Calibrator, calibrator, "calibrator"), Path(scratch))
+        source = Path(model)
+        if short is not FloatType.FP32 and compiler.strongly_typed and not implicit:
+            source = _in_short_floats(loaded, short, Path(scratch) / "model.onnx")
         staged = folder / Path(plan).name
         request = Request(
-            model=str(Path(model).resolve()), plan=str(staged), compute_capability=capability, profiles=shapes
+            model=str(source.resolve()),
+            plan=str(staged),
+            backend=compiler.backend,
+            compute_capability=capability,
+            profiles=shapes,
+            settings=settings,
+            quantized=implicit or holds_qdq(loaded),
+            float_type=short,
+            calibration=calibration,
         )
-        reply = _compile(request, os.fspath(model), timeout)
+        reply = _compile(request, loaded, os.fspath(model), timeout, progress or (lambda step: None))
         size = staged.stat().st_size
         publish(folder, Path(plan).parent)
     return EngineReport(
@@ -104,32 +159,75 @@ def build_engine(
         compiler=reply.compiler,
         compute_capability=capability,
         profiles=shapes,
-        layers=parse_listing(reply.listing),
+        layers=parse_inspection(reply.inspection) or parse_listing(reply.listing),
         warnings=tuple(reason(warning) for warning in reply.warnings),
     )
 
 
-def _compile(request: Request, model: str, timeout: float) -> Reply:
-    """Runs the child, and turns every way in which it can fail into one line."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+def _member(kind: type[_Enum], value: str, what: str) -> _Enum:
     try:
-        child = subprocess.run(
-            CHILD,
-            input=msgspec.json.encode(request),
-            capture_output=True,
-            timeout=timeout,
-            env=environment,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise EngineError(f"{model}: the compiler was stopped after {timeout:g} s; give it a longer timeout") from None
-    if child.returncode or not child.stdout:
-        raise EngineError(f"{model}: the compiler {_death(child.returncode, child.stderr)}")
-    reply = msgspec.json.decode(child.stdout, type=Reply)
+        return kind(value)
+    except ValueError:
+        raise EngineError(f"unknown {what} {value!r}; choose one of {', '.join(kind)}") from None
+
+
+def _sizes(model: ir.Model, data: Any) -> dict[str, Range]:
+    specs = input_specs(model)
+    return sizes_in(model, ({name: array.shape for name, array in batch.items()} for batch in batches(data, specs)))
+
+
+def _in_short_floats(model: ir.Model, short: FloatType, path: Path) -> Path:
+    converted = model.clone()
+    dtype = ir.DataType.FLOAT16 if short is FloatType.FP16 else ir.DataType.BFLOAT16
+    ConvertFloat(dtype)(converted)
+    save(converted, path)
+    return path
+
+
+def _compile(request: Request, model: ir.Model, name: str, timeout: float, progress: Callable[[Step], None]) -> Reply:
+    """Runs the child, and turns every way in which it can fail into one line."""
+    reply, code, stderr = _talk(msgspec.json.encode(request), timeout, progress)
+    if code is None:
+        raise EngineError(f"{name}: the compiler was stopped after {timeout:g} s; give it a longer timeout")
+    if code or reply is None:
+        raise EngineError(f"{name}: the compiler {_death(code, stderr)}")
     if reply.refusals:
         others = f" (and {len(reply.refusals) - 1} more)" if len(reply.refusals) > 1 else ""
-        raise EngineError(f"{model}: {refusal_message(reply.refusals[0])}{others}")
+        raise EngineError(f"{name}: {refusal_message(located(reply.refusals[0], model))}{others}")
     return reply
+
+
+def _talk(request: bytes, timeout: float, progress: Callable[[Step], None]) -> tuple[Reply | None, int | None, bytes]:
+    """What the child answers, its exit code (None when it was stopped), and what it prints to stderr."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    reply, stopped = None, threading.Event()
+    with tempfile.TemporaryFile() as errors:
+        pipe = subprocess.PIPE
+        with subprocess.Popen(CHILD, stdin=pipe, stdout=pipe, stderr=errors, env=environment) as child:
+            assert child.stdin is not None
+            assert child.stdout is not None
+
+            def stop() -> None:
+                stopped.set()
+                child.kill()
+
+            clock = threading.Timer(timeout, stop)
+            clock.start()
+            try:
+                with contextlib.suppress(BrokenPipeError), child.stdin:  # it is dead already; its exit code tells
+                    child.stdin.write(request)
+                for line in child.stdout:
+                    message = msgspec.json.decode(line, type=Step | Reply)
+                    if isinstance(message, Reply):
+                        reply = message
+                    else:
+                        progress(message)
+                code = child.wait()
+            finally:
+                clock.cancel()
+                child.kill()
+        errors.seek(0)
+        return reply, None if stopped.is_set() else code, errors.read()
 
 
 def _death(code: int, stderr: bytes) -> str:

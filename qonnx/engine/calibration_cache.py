@@ -173,6 +173,23 @@ def loads(text: str) -> dict[str, float]:
     return amax
 
 
+def header(text: str) -> tuple[int, Algorithm]:
+    r"""The version, as a number, and the algorithm that the first line of a cache names.
+
+    >>> header("TRT-101601-MinMaxCalibration\ninput: 3c010a14\n")
+    (101601, <Algorithm.MINMAX: 'MinMaxCalibration'>)
+
+    Raises:
+        DataError: it names none that TensorRT has.
+    """
+    first = text.partition("\n")[0].strip()
+    _, number, name = [*first.split("-"), "", ""][:3]
+    known = {algorithm.value: algorithm for algorithm in Algorithm}
+    if not _HEADER.fullmatch(first) or name not in known:
+        raise DataError(f"the first line is not TRT-<version>-<one of {', '.join(known)}>; write the cache again")
+    return int(number), known[name]
+
+
 def version_number(version: str) -> int:
     """A version as TensorRT writes it in the first line.
 

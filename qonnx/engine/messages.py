@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+import msgspec
+import onnx_ir as ir
+
 from qonnx.engine.protocol import Refusal
 
 _CODED = re.compile(r"Error Code \d+: [^(]*\((.*?)\.? In \w+ at ", re.DOTALL)
@@ -22,6 +25,23 @@ def refusal_message(refusal: Refusal) -> str:
     quantizes = refusal.op in ("QuantizeLinear", "DequantizeLinear")
     remedy = "quantize with target='a800', or leave this tensor in float" if quantizes else "replace or correct it"
     return f"node {refusal.node!r} ({refusal.op}): {reason(refusal.text)}; {remedy}"
+
+
+def located(refusal: Refusal, model: ir.Model) -> Refusal:
+    """The refusal with the ONNX node that it is about, where it only names it in passing."""
+    nodes = {node.name or f"node_of_{node.outputs[0].name}": node for node in model.graph}
+    if refusal.op:
+        return refusal
+    if refusal.node.startswith("#") and refusal.node[1:].isdecimal():  # the number of the node in the file
+        numbered = dict(enumerate(nodes.values())).get(int(refusal.node[1:]))
+        if numbered is None:
+            return msgspec.structs.replace(refusal, node="")
+        return msgspec.structs.replace(refusal, node=numbered.name or "", op=numbered.op_type)
+    named = [name for name in nodes if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", refusal.text)]
+    if not named:
+        return refusal
+    name = max(named, key=len)
+    return msgspec.structs.replace(refusal, node=name, op=nodes[name].op_type)
 
 
 def reason(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
@@ -92,3 +93,26 @@ def _check_known(argument: str, given: Iterable[str], known: Iterable[str]) -> N
         if name not in known:
             names = ", ".join(sorted(repr(name) for name in known if name)) or "none"
             raise EngineError(f"{argument} names {name!r}, which the model does not have; it has {names}")
+
+
+def sizes_in(model: ir.Model, shapes: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, Range]:
+    """The smallest, most frequent and largest size that dynamic dimensions have in some batches, by their names.
+
+    The batch reaches down to 1 whatever was seen.
+
+    Args:
+        model: whose inputs are fed.
+        shapes: of each batch, by the name of the input.
+    """
+    inputs = {value.name: _shape(value) for value in model.graph.inputs if value.name not in model.graph.initializers}
+    seen: dict[str, Counter[int]] = {}
+    for batch in shapes:
+        for name, given in batch.items():
+            for size, actual in zip(inputs.get(name, ()), given, strict=False):
+                if isinstance(size, str) and size:
+                    seen.setdefault(size, Counter())[actual] += 1
+    first = {shape[0] for shape in inputs.values() if shape}
+    return {
+        name: (1 if name in first else min(counts), counts.most_common(1)[0][0], max(counts))
+        for name, counts in seen.items()
+    }
