@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qonnx.errors import DataError, EngineError, OutputError, QonnxError, RecipeError
-from qonnx.progress import batch_count, calibrating, working
+from qonnx.progress import calibrating, working
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,16 +29,14 @@ app = typer.Typer(
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The float model.", show_default=False)]
 Quantized = Annotated[Path, typer.Argument(metavar="QUANTIZED.onnx", help="The quantized model.", show_default=False)]
-Data = Annotated[
-    Path,
-    typer.Option(
-        "--data",
-        metavar="FOLDER",
-        help="Folder of .npz files, one batch each: an array per input of the model, under the input's name. "
-        "Or a single .npz file.",
-        show_default=False,
-    ),
-]
+_DATA = typer.Option(
+    "--data",
+    metavar="FOLDER",
+    help="Folder of .npz files, one batch each: an array per input of the model, under the input's name. "
+    "Or a single .npz file.",
+    show_default=False,
+)
+Data = Annotated[Path, _DATA]
 MaxBatches = Annotated[
     int | None, typer.Option("--max-batches", metavar="N", min=1, help="Use the first N batches at most.")
 ]
@@ -128,11 +126,18 @@ def export(
 @app.command()
 def calibrate(
     model: Model,
-    data: Data,
     output: Annotated[
         Path, typer.Option("-o", "--output", metavar="FILE", help="The statistics to write (.npz).", show_default=False)
     ],
+    data: Annotated[Path | None, _DATA] = None,
     target: TargetName = "a800",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same command was stopped, by Ctrl-C for example.")
+    ] = False,
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Add what was measured over other data; may be repeated."),
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -147,9 +152,13 @@ def calibrate(
     ] = "entropy",
     max_batches: MaxBatches = None,
 ) -> None:
-    """Measure the tensors of a model over calibration data."""
+    """Measure the tensors of a model over calibration data.
+
+    When stopped, it keeps what was measured.
+    """
     from qonnx.calibrators import Auto
     from qonnx.engine.calibration_cache import dumps, magnitudes, version_number
+    from qonnx.observation import Interrupted
     from qonnx.pipeline import calibrate as run
     from qonnx.recipe import load_recipe
     from qonnx.tables import count
@@ -158,16 +167,36 @@ def calibrate(
     chosen = load_recipe("int8", [f"activations.calibrator.kind={calibrator}"]).activations.calibrator
     if isinstance(chosen, Auto):
         raise RecipeError("--calibrator auto: chooses by running layers; name one calibrator for the cache")
-    _check_distinct([model, data], output, cache)
-    with (
-        _writing(output),
-        _writing(cache) as write_cache,
-        calibrating(batch_count(data, max_batches)) as progress,
-    ):
-        statistics = run(model, data, target=target, max_batches=max_batches, progress=progress)
+    partial = output.parent / f"{output.stem}.partial.npz"
+    if data is None and (resume or not merge):
+        raise DataError("--data is missing: give a folder of .npz files")
+    if resume and not partial.is_file():
+        raise DataError(f"{partial}: no such file, so nothing was stopped here; leave out --resume")
+    _check_distinct([path for path in (model, data, *(merge or ())) if path is not None], output, cache, partial)
+    with _writing(output), _writing(cache) as write_cache:
+        try:
+            with calibrating() as progress:
+                statistics = run(
+                    model,
+                    data,
+                    target=target,
+                    max_batches=max_batches,
+                    resume=partial if resume else None,
+                    merge=merge or (),
+                    progress=progress,
+                )
+        except Interrupted as stopped:
+            if not stopped.statistics.batches:
+                raise
+            stopped.statistics.save(partial)
+            batches = count(stopped.statistics.batches, "batch")
+            typer.echo(f"stopped after {batches}, kept in {partial}: the same command with --resume goes on", err=True)
+            sys.exit(130)
         text = dumps(magnitudes(statistics, chosen), tensorrt_version) if cache else ""
         statistics.save(output)
         write_cache(text)
+    if resume:
+        partial.unlink(missing_ok=True)
     tensors, batches = count(len(statistics.tensors), "tensor"), count(statistics.batches, "batch")
     typer.echo(f"wrote {output}: {tensors} over {batches}")
     if cache:
@@ -235,9 +264,7 @@ def quantize(
     with (
         _writing(save_plan) as write_plan,
         _writing(json) as write_json,
-        calibrating(
-            0 if data is None else batch_count(data, max_batches, hold_out=True), then="planning and comparing"
-        ) as progress,
+        calibrating(then="planning and comparing") as progress,
     ):
         result = run(
             model,

@@ -9,7 +9,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qonnx.data import Digest
 from qonnx.errors import DataError
 from qonnx.passes.augment import AddObservers, Observer, Statistic, observers
 from qonnx.runtime import Session, session
@@ -46,12 +47,16 @@ class Progress:
         samples: the sizes of the first axis of the first input, added up.
         seconds: since this run began.
         rate: samples per second of this run.
+        total: how many batches there are; None where that is not known.
+        left: seconds until the last one, if all take as long as those of this run did; None where that is not known.
     """
 
     batches: int
     samples: int
     seconds: float
     rate: float
+    total: int | None = None
+    left: float | None = None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -75,6 +80,7 @@ def observe(
     limit: int | None = ROW_LIMIT,
     channel_axes: Mapping[str, int] | None = None,
     earlier: Statistics | None = None,
+    total: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Statistics:
     """Runs a model over batches and returns what its values looked like. The model is left as it is.
@@ -92,21 +98,26 @@ def observe(
             sampled, the largest magnitudes excepted: see `qonnx.sketch.Counter`. None counts every element.
         channel_axes: by value name, the axis along which every index is observed too.
         earlier: what an interrupted run over the same stream had measured; its batches are skipped.
+        total: how many batches the stream probably has, for `progress`; None if that is not known.
         progress: called after each batch.
 
     Raises:
         ModelError: a value cannot be observed.
-        DataError: the stream has no batches, a batch does not fit the model, or `earlier` is of another run.
-        Interrupted: on Ctrl-C.
+        DataError: the stream has no batches, a batch does not fit the model, or `earlier` is of another run: it holds
+            other values, or the stream does not begin with its batches.
+        Interrupted: on Ctrl-C, once the batches that were running are finished. A second Ctrl-C does not wait for
+            them, and nothing is kept.
     """
     earlier = earlier or Statistics({})
     augmented = _augmented(model, values, distributions, channel_axes or {})
     watched = list(observers(augmented))
     if not watched:
         return earlier
+    if earlier.tensors and earlier.tensors.keys() != {observer.value for observer in watched}:
+        raise DataError("the earlier run observed other values: calibrate from the start")
     run = _Run(watched, _positive_axes(model, channel_axes or {}), limit)
     runner = session(augmented, threads=max(1, (os.cpu_count() or 1) // _WORKERS))
-    rest = itertools.islice(stream, earlier.batches, None)
+    rest = _after(earlier, stream)
     batches, samples, start = earlier.batches, earlier.samples, time.perf_counter()
     try:
         with contextlib.closing(run.over(runner, rest)) as finished:
@@ -114,9 +125,15 @@ def observe(
                 batches, samples = batches + 1, samples + batch.samples
                 if progress is not None:
                     seconds = time.perf_counter() - start
-                    progress(Progress(batches, samples, seconds, (samples - earlier.samples) / max(seconds, 1e-9)))
+                    rate = (samples - earlier.samples) / max(seconds, 1e-9)
+                    known = None if total is None or batches > total else total
+                    left = None if known is None else seconds / (batches - earlier.batches) * (known - batches)
+                    progress(Progress(batches, samples, seconds, rate, known, left))
     except KeyboardInterrupt:
-        raise Interrupted(earlier.merge(run.statistics())) from None
+        measured = run.whole_batches()
+        if measured is None:
+            raise
+        raise Interrupted(earlier.merge(measured)) from None
     statistics = earlier.merge(run.statistics())
     if not statistics.batches:
         raise DataError("no calibration data: the stream has no batches; give at least one")
@@ -132,6 +149,20 @@ def _augmented(
     AddObservers(tuple(values), dict(channel_axes), frozenset(distributions))(augmented)
     RemoveUnusedNodesPass()(augmented)
     return augmented
+
+
+def _after(earlier: Statistics, stream: Iterable[Feeds]) -> Iterator[Feeds]:
+    """The stream behind the batches that were counted earlier, which it must begin with, in any order."""
+    rest, digest, skipped = iter(stream), Digest(), 0
+    for feeds in itertools.islice(rest, earlier.batches):
+        digest.update(feeds)
+        skipped += 1
+    if earlier.batches and digest.hexdigest() != earlier.data:
+        raise DataError(
+            f"the earlier run counted {earlier.batches} batches, and the first {skipped} of these data are others: go "
+            "on with the same data in the same order, or calibrate from the start"
+        )
+    return rest
 
 
 def _positive_axes(model: ir.Model, channel_axes: Mapping[str, int]) -> dict[str, int]:
@@ -151,40 +182,56 @@ class _Run:
         for observer in watched:
             self._outputs.setdefault(observer.value, {})[observer.statistic] = observer.output
         self._counters = {name: Counter(limit) for name, parts in self._outputs.items() if Statistic.ELEMENTS in parts}
-        self._batches: list[Statistics] = []
+        # Of the first batches, and how many these are. One value: Ctrl-C may come at any time.
+        self._merged = (Statistics({}), 0)
+        self._finished: dict[int, Statistics] = {}
+        self._begun: set[int] = set()
+
+    def whole_batches(self) -> Statistics | None:
+        """What the finished batches looked like, or None where another is being counted, or has failed."""
+        begun, merged = len(self._begun), self._merged[1]
+        if begun != merged + sum(number >= merged for number in list(self._finished)):
+            return None
+        measured = self.statistics()
+        return measured if len(self._begun) == begun else None
 
     def over(self, runner: Session, stream: Iterable[Feeds]) -> Generator[Statistics, None, None]:
         """Runs the batches; yields the extremes of each, in order.
 
-        Each worker runs a batch and then counts its elements, so that one counts while another runs.
+        Each worker runs a batch and then counts its elements, so that one counts while another runs. It also notes the
+        batch as finished: wherever an interruption finds this thread, what is counted and what is noted agree.
         """
         pending: deque[Future[Statistics]] = deque()
-        try:
-            with ThreadPoolExecutor(_WORKERS) as pool:
-                for feeds in stream:
-                    pending.append(pool.submit(self._batch, runner, feeds))
-                    if len(pending) > _WORKERS:
-                        yield self._keep(pending.popleft())
-                while pending:
-                    yield self._keep(pending.popleft())
-        finally:  # after an interruption too: what is counted must be kept
-            for future in pending:
-                if not future.cancelled() and future.exception() is None:
-                    self._keep(future)
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            for number, feeds in enumerate(stream):
+                pending.append(pool.submit(self._batch, number, runner, feeds))
+                if len(pending) > _WORKERS:
+                    yield pending.popleft().result()
+                    self._merge()
+            while pending:
+                yield pending.popleft().result()
 
-    def _batch(self, runner: Session, feeds: Feeds) -> Statistics:
+    def _batch(self, number: int, runner: Session, feeds: Feeds) -> Statistics:
+        self._begun.add(number)
         results = runner.run(feeds)
         tensors = {name: self._measured(name, results) for name in self._outputs}
         for name, counter in self._counters.items():
             counter.add(results.pop(self._outputs[name][Statistic.ELEMENTS]), every=not tensors[name].finite)
-        return Statistics(tensors, batches=1, samples=_samples(feeds))
-
-    def _keep(self, future: Future[Statistics]) -> Statistics:
-        batch = future.result()
-        self._batches.append(batch)
-        if len(self._batches) == _KEPT_APART:
-            self._batches = [functools.reduce(Statistics.merge, self._batches)]
+        digest = Digest()
+        digest.update(feeds)
+        batch = Statistics(tensors, batches=1, samples=_samples(feeds), data=digest.hexdigest())
+        self._finished[number] = batch
         return batch
+
+    def _merge(self) -> None:
+        """Merges the oldest batches once there are enough of them."""
+        merged, start = self._merged
+        numbers = range(start, start + _KEPT_APART)
+        if all(number in self._finished for number in numbers):
+            batches = (self._finished[number] for number in numbers)
+            self._merged = (functools.reduce(Statistics.merge, batches, merged), numbers.stop)
+            for number in numbers:
+                del self._finished[number]
 
     def _measured(self, name: str, results: Results) -> TensorStatistics:
         """The extremes of one value in one batch."""
@@ -201,7 +248,9 @@ class _Run:
 
     def statistics(self) -> Statistics:
         """What the finished batches looked like."""
-        total = functools.reduce(Statistics.merge, self._batches, Statistics({}))
+        merged, start = self._merged
+        batches = (self._finished[number] for number in sorted(self._finished) if number >= start)
+        total = functools.reduce(Statistics.merge, batches, merged)
         counted = {
             name: dataclasses.replace(tensor, sketch=self._counters[name].sketch() if name in self._counters else None)
             for name, tensor in total.tensors.items()

@@ -8,6 +8,7 @@ appears at the output path before the last step.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import deque
@@ -21,12 +22,13 @@ import onnx_ir as ir
 from qonnx.attempts import Attempt, Job, best_attempt, only_attempt, write
 from qonnx.calibrators import EXTREMES
 from qonnx.comparison import NOTHING_COMPARED, Comparison, compare
-from qonnx.data import HoldOut, batches
+from qonnx.data import HoldOut, batches, expected_rows
 from qonnx.errors import DataError, ModelError, OutputError, TargetError
+from qonnx.fingerprint import fingerprint
 from qonnx.graph import all_graphs, is_float, load, parameters, publish, staging
 from qonnx.observation import Progress, observe
 from qonnx.passes.prepare import prepare
-from qonnx.placement import Placement, candidates, place
+from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
 from qonnx.recipe import RECIPES, Recipe, load_recipe, minimum_opset, resolve
@@ -49,6 +51,7 @@ _SAMPLE_BYTES = 128 * 1024 * 1024
 
 
 ModelSource = str | os.PathLike[str] | ir.Model
+StatisticsSource = str | os.PathLike[str] | Statistics
 Report = Callable[[Progress], None]
 
 
@@ -87,26 +90,52 @@ class Result(msgspec.Struct, frozen=True):
 
 def calibrate(
     model: ModelSource,
-    data: Any,
+    data: Any = None,
     *,
     target: str = "a800",
     max_batches: int | None = None,
+    resume: StatisticsSource | None = None,
+    merge: Sequence[StatisticsSource] = (),
     progress: Report | None = None,
 ) -> Statistics:
     """Observes every tensor that any recipe for the target could want to quantize, in one pass over the data.
 
+    Ctrl-C raises `qonnx.observation.Interrupted`, which holds what was measured until then: give that as `resume`, and
+    the result is what one run would have given.
+
     Args:
         model: path of a float ONNX model, or the model itself (it is not changed).
-        data: see `qonnx.data.batches`.
+        data: see `qonnx.data.batches`; None to merge only.
         target: what the quantized graph will be made for.
         max_batches: stop after this many batches.
+        resume: what an interrupted run over the same data measured; its batches are skipped.
+        merge: what was measured over other data, on this or another machine: it is added, and counts and extremes are
+            those of one run over everything.
         progress: called after every batch.
+
+    Raises:
+        QonnxError: one of `qonnx.errors`, in one line.
+        Interrupted: on Ctrl-C.
     """
-    prepared, _ = _prepared(model)
-    stream = _stream(prepared, data, max_batches)
+    prepared, _, mark = _prepared(model)
     placement = place(prepared, Recipe(), find_target(target))
-    counted = [value for value in candidates(placement) if value not in placement.probabilities]
-    return observe(prepared, candidates(placement), stream, distributions=counted, progress=progress)
+    values = candidates(placement)
+    others = [_fitting(source, values, mark) for source in merge]
+    total = Statistics({}, model=mark) if resume is None else _fitting(resume, values, mark)
+    if data is not None:
+        expected = expected_rows(data, input_specs(prepared), max_batches)
+        total = observe(
+            prepared,
+            values,
+            _stream(prepared, data, max_batches),
+            distributions=[value for value in values if value not in placement.probabilities],
+            earlier=total,
+            total=None if expected is None else len(expected),
+            progress=progress,
+        )
+    elif not others:
+        raise DataError("nothing to calibrate on: give data, or statistics to merge")
+    return functools.reduce(Statistics.merge, [*others, total])
 
 
 def quantize(
@@ -157,19 +186,22 @@ def quantize(
         raise TargetError(f"the plan was made for {given.target}, not for {consumer.name}: make it again, or use that")
     clock = _Clock()
     with staging(output) as folder:
-        prepared, notes = _prepared(model, minimum_opset(chosen))
+        prepared, notes, mark = _prepared(model, minimum_opset(chosen))
         clock.lap("prepare")
         held = HoldOut(() if data is None else _stream(prepared, data, max_batches))
         sample: list[Batch] = []
         stream = _keeping(held, sample)
         draft = place(prepared, chosen, consumer)
         if statistics is not None:
-            measured = statistics if isinstance(statistics, Statistics) else Statistics.load(statistics)
-            _check_statistics(measured, draft)
+            measured = _fitting(statistics, candidates(draft), mark)
         elif given is None and calibrated:
             needed = not isinstance(chosen.activations.calibrator, EXTREMES)
             counted = [value for value in candidates(draft) if needed and value not in draft.probabilities]
-            measured = observe(prepared, candidates(draft), stream, distributions=counted, progress=progress)
+            expected = expected_rows(data, input_specs(prepared), max_batches)
+            total = None if expected is None else HoldOut.passes(expected)
+            measured = observe(
+                prepared, candidates(draft), stream, distributions=counted, total=total, progress=progress
+            )
         deque(stream, maxlen=0)  # what was not read yet: the steps below need some of it
         clock.lap("calibrate")
         file = folder / output.name
@@ -220,13 +252,19 @@ def _check_output(model: ModelSource, output: Path) -> None:
             raise OutputError(f"{path}: would overwrite the float model; choose another name")
 
 
-def _check_statistics(statistics: Statistics, draft: Placement) -> None:
-    missing = [value for value in candidates(draft) if value not in statistics.tensors]
+def _fitting(source: StatisticsSource, values: Sequence[str], mark: str) -> Statistics:
+    """Statistics that were measured on the model with this fingerprint, of all of these values."""
+    statistics = source if isinstance(source, Statistics) else Statistics.load(source)
+    what = "the statistics" if isinstance(source, Statistics) else f"{os.fspath(source)}: the statistics"
+    if statistics.model and statistics.model != mark:
+        raise DataError(f"{what} were measured on another model, or with other weights; calibrate again")
+    missing = [value for value in values if value not in statistics.tensors]
     if missing:
         raise DataError(
-            f"the statistics do not hold {missing[0]!r} ({len(missing)} tensors are missing): they were measured on "
+            f"{what} do not hold {missing[0]!r} ({len(missing)} tensors are missing): they were measured on "
             "another model or for another target; calibrate again"
         )
+    return statistics
 
 
 def _stream(prepared: ir.Model, data: Any, max_batches: int | None) -> Iterator[Batch]:
@@ -245,8 +283,10 @@ def _keeping(stream: Iterable[Batch], kept: list[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tuple[str, ...]]:
+def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tuple[str, ...], str]:
+    """The model in normal form, what was changed, and the fingerprint of what it was before."""
     prepared = model.clone() if isinstance(model, ir.Model) else load(model)
+    mark = fingerprint(prepared)
     nodes = [node for graph in all_graphs(prepared) for node in graph]
     found = next((node for node in nodes if node.op_type in _QUANTIZED_OPERATORS), None)
     if found is not None:
@@ -258,7 +298,7 @@ def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tu
     # Scales in float16 came with opset 19; per-channel scales with 13.
     if any(value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for value in values):
         notes += prepare(prepared, minimum_opset=19)
-    return prepared, notes
+    return prepared, notes, mark
 
 
 def _warnings(

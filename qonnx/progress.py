@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,30 +34,42 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def calibrating(total: int, then: str = "") -> Iterator[Callable[[Progress], None]]:
+def calibrating(then: str = "") -> Iterator[Callable[[Progress], None]]:
     """The same for calibration: how far it is, how fast, and how long it will take.
 
     Args:
-        total: how many batches there are.
-        then: what comes after the last of them.
+        then: what comes after the last batch.
     """
     with working("preparing") as say:
 
         def show(progress: Progress) -> None:
-            if then and progress.batches >= total:
+            if then and progress.batches == progress.total:
                 say(f"{then}; calibrated on {progress.samples} samples, {progress.rate:.1f} a second")
             else:
-                left = progress.seconds / progress.batches * max(total - progress.batches, 0)
-                so_far = f"{progress.batches} of {total} batches, {progress.rate:.1f} samples/s"
-                say(f"calibrating: {so_far}, {left:.0f} s left")
+                say(f"calibrating: {so_far(progress)}")
 
         yield show
 
 
-def batch_count(data: Path, max_batches: int | None, hold_out: bool = False) -> int:
-    """How many batches calibration will see, for the time left; 1 where the data cannot be read, which ends it."""
-    from qonnx.data import HoldOut
+def so_far(progress: Progress) -> str:
+    """How far and how fast in a few words.
 
-    files = sum(file.suffix in (".npz", ".npy") for file in data.iterdir()) if data.is_dir() else 1
-    count = min(files, max_batches or files)
-    return sum(1 for _ in HoldOut(({} for _ in range(count)), samples=0)) if hold_out else count
+    >>> from qonnx.observation import Progress
+    >>> so_far(Progress(12, 96, 3.0, 32.0, total=40, left=7.0)), so_far(Progress(12, 96, 3.0, 32.0))
+    ('12 of 40 batches, 32.0 samples/s, 7 s left', '12 batches, 32.0 samples/s')
+    """
+    total = "" if progress.total is None else f" of {progress.total}"
+    left = "" if progress.left is None else f", {_duration(progress.left)} left"
+    return f"{progress.batches}{total} batches, {progress.rate:.1f} samples/s{left}"
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that people would use.
+
+    >>> _duration(7.2), _duration(600), _duration(9000)
+    ('7 s', '10 min', '2.5 h')
+    """
+    for unit, name, digits in ((3600.0, "h", 1), (60.0, "min", 0)):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.{digits}f} {name}"
+    return f"{seconds:.0f} s"

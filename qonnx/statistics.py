@@ -17,13 +17,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from qonnx.data import Digest
 from qonnx.errors import DataError, OutputError
 from qonnx.graph import publish, staging
 from qonnx.sketch import Sketch
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,32 +114,42 @@ class Statistics:
         tensors: by value name.
         batches: how many batches were run.
         samples: the sizes of the first axis of the first input, added up.
+        data: the `qonnx.data.Digest` of these batches, as hexadecimal digits.
+        model: the `qonnx.fingerprint.fingerprint` of the model they were run through; "" where nobody noted it.
     """
 
     tensors: Mapping[str, TensorStatistics]
     batches: int = 0
     samples: int = 0
+    data: str = ""
+    model: str = ""
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both runs together, as if one run had seen the data of both.
 
         Raises:
-            DataError: the two runs did not observe the same values.
+            DataError: the two runs did not observe the same values, or different models.
         """
+        if self.model and other.model and self.model != other.model:
+            raise DataError("cannot merge: the two were measured on different models; calibrate the same one")
+        model = self.model or other.model
+        if not self.batches and not self.tensors:
+            return other if other.model == model else dataclasses.replace(other, model=model)
+        if not other.batches and not other.tensors:
+            return self if self.model == model else dataclasses.replace(self, model=model)
         if self.tensors.keys() != other.tensors.keys():
-            if not self.batches and not self.tensors:
-                return other
-            if not other.batches and not other.tensors:
-                return self
             odd = min(self.tensors.keys() ^ other.tensors.keys())
-            raise DataError(f"cannot merge: value {odd!r} was observed in one run only; calibrate both the same way")
+            raise DataError(
+                f"cannot merge: value {odd!r} was observed in one run only; calibrate both for one target and recipe"
+            )
         merged = {}
         for name, left in self.tensors.items():
             try:
                 merged[name] = left.merge(other.tensors[name])
             except DataError as error:
                 raise DataError(f"cannot merge value {name!r}: {error}") from None
-        return Statistics(merged, self.batches + other.batches, self.samples + other.samples)
+        data = Digest(self.data).merge(Digest(other.data)).hexdigest()
+        return Statistics(merged, self.batches + other.batches, self.samples + other.samples, data, model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one `.npz` file; it appears whole or not at all, and equal statistics give equal bytes.
@@ -183,6 +194,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format: int
     batches: int
     samples: int
+    data: str
+    model: str
     names: list[str]
     channel_axes: dict[str, int]
 
@@ -190,7 +203,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def _to_arrays(statistics: Statistics) -> dict[str, npt.NDArray[Any]]:
     tensors = list(statistics.tensors.values())
     axes = {name: t.channel_axis for name, t in statistics.tensors.items() if t.channel_axis is not None}
-    header = _Header(FORMAT, statistics.batches, statistics.samples, list(statistics.tensors), axes)
+    known = (statistics.batches, statistics.samples, statistics.data, statistics.model)
+    header = _Header(FORMAT, *known, list(statistics.tensors), axes)
     arrays: dict[str, npt.NDArray[Any]] = {
         "header": np.frombuffer(msgspec.json.encode(header), np.uint8),
         "count": np.array([t.count for t in tensors], np.int64),
@@ -236,7 +250,7 @@ def _from_arrays(arrays: Mapping[str, npt.NDArray[Any]], path: Path) -> Statisti
             channel_maximum=arrays[f"channel_maximum_{index}"] if name in header.channel_axes else None,
             sketch=_sketch(arrays, index),
         )
-    return Statistics(tensors, header.batches, header.samples)
+    return Statistics(tensors, header.batches, header.samples, header.data, header.model)
 
 
 def _sketch(arrays: Mapping[str, npt.NDArray[Any]], index: int) -> Sketch | None:

@@ -422,6 +422,10 @@ def test_settings_that_make_no_sense(qonnx_: Qonnx, folder: Path, setup: Setup, 
         (CALIBRATE + " --cache c --tensorrt-version new", "TensorRT version 'new'"),
         (CALIBRATE + " --cache c --calibrator auto", "name one calibrator for the cache"),
         (CALIBRATE + " --cache c --calibrator kl", "kl"),
+        (CALIBRATE + " --resume", "out.partial.npz: no such file, so nothing was stopped here; leave out --resume"),
+        (CALIBRATE + " --merge nowhere.npz", "nowhere.npz: no such file; `qonnx calibrate` writes one"),
+        ("calibrate model.onnx -o out.npz", "--data is missing: give a folder of .npz files"),
+        ("calibrate model.onnx -o out.npz --resume --merge calib/0.npz", "--data is missing"),
         (QUANTIZE + " --statistics calib/0.npz", "calib/0.npz: not a file of statistics; `qonnx calibrate` writes one"),
         (QUANTIZE + " --statistics nowhere.npz", "nowhere.npz: no such file; `qonnx calibrate` writes one"),
         ("recipes int9", "unknown recipe 'int9'"),
@@ -794,6 +798,75 @@ qonnx.pipeline.observe = observe
     done = subprocess_of(QUANTIZE + " --save-plan out.json", folder, stop)
     assert done == Done(130, "", "stopped\n")
     assert listing(folder) == before
+
+
+SLOW_AND_STOPPED = """
+import itertools, os, signal, time
+from qonnx import observation
+ran = itertools.count()
+class Slow(observation.Session):
+    def run(self, *arguments, **options):
+        if next(ran) == 2:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.{name})
+            time.sleep(0.2)
+        return super().run(*arguments, **options)
+opened = observation.session
+def session(*arguments, **options):
+    runner = opened(*arguments, **options)
+    runner.__class__ = Slow
+    return runner
+observation.session = session
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_calibration_that_is_stopped_goes_on_later(qonnx_: Qonnx, folder: Path, name: str) -> None:
+    before = listing(folder)
+    done = subprocess_of(CALIBRATE, folder, SLOW_AND_STOPPED.replace("{name}", name))
+    assert listing(folder).keys() - before.keys() == {"out.partial.npz"}, done
+    count = Statistics.load("out.partial.npz").batches
+    assert count in (3, 4)  # another may have been running
+    kept = f"stopped after {count} batches, kept in out.partial.npz: the same command with --resume goes on\n"
+    assert done == Done(130, "", kept)
+    assert qonnx_(CALIBRATE + " --resume") == Done(0, "wrote out.npz: 2 tensors over 4 batches\n", "")
+    assert listing(folder).keys() - before.keys() == {"out.npz"}
+    resumed = (folder / "out.npz").read_bytes()
+    assert qonnx_(CALIBRATE).code == 0
+    assert (folder / "out.npz").read_bytes() == resumed
+
+
+def test_an_earlier_result_survives_a_run_that_is_stopped(qonnx_: Qonnx, folder: Path) -> None:
+    assert qonnx_(CALIBRATE).code == 0
+    before = (folder / "out.npz").read_bytes()
+    assert subprocess_of(CALIBRATE, folder, SLOW_AND_STOPPED.replace("{name}", "SIGINT")).code == 130
+    assert (folder / "out.npz").read_bytes() == before
+
+
+def test_parts_of_the_data_are_merged(qonnx_: Qonnx, folder: Path) -> None:
+    assert qonnx_(CALIBRATE).code == 0
+    for number in range(4):
+        (folder / f"part{number // 2}").mkdir(exist_ok=True)
+        shutil.copy(folder / "calib" / f"{number}.npz", folder / f"part{number // 2}")
+    for part in ("part0", "part1"):
+        assert qonnx_(f"calibrate model.onnx --data {part} -o {part}.npz").code == 0
+    both = qonnx_("calibrate model.onnx --merge part0.npz --merge part1.npz -o both.npz")
+    assert both == Done(0, "wrote both.npz: 2 tensors over 4 batches\n", "")
+    assert qonnx_("calibrate model.onnx --merge part0.npz --data part1 -o more.npz").code == 0
+    whole = (folder / "out.npz").read_bytes()
+    assert (folder / "both.npz").read_bytes() == (folder / "more.npz").read_bytes() == whole
+    assert qonnx_(QUANTIZE + " --statistics both.npz").code == 0
+
+
+def test_statistics_of_another_model_are_refused(qonnx_: Qonnx, folder: Path) -> None:
+    assert qonnx_(CALIBRATE).code == 0
+    ir.save(model_of(MLP, weights="w b w2 table", scale=0.2, seed=1), folder / "tuned.onnx")
+    before = listing(folder)
+    for line in (
+        "calibrate tuned.onnx --data calib --merge out.npz -o more.npz",
+        "quantize tuned.onnx --data calib --statistics out.npz -o q.onnx",
+    ):
+        assert_refused(qonnx_(line), folder, before, "out.npz: the statistics were measured on another model")
 
 
 def test_a_command_under_nohup_goes_on_when_the_terminal_is_closed(folder: Path) -> None:

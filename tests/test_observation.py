@@ -1,4 +1,9 @@
+import itertools
+import signal
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -6,6 +11,7 @@ import pytest
 
 from qonnx.errors import DataError, ModelError
 from qonnx.observation import Interrupted, Progress, observe
+from qonnx.runtime import Session, session
 from qonnx.sketch import Sketch, sketch
 from qonnx.statistics import Statistics
 
@@ -178,6 +184,75 @@ def test_ctrl_c_while_data_are_read_keeps_what_was_measured(model: ir.Model) -> 
     with pytest.raises(Interrupted) as caught:
         observe(model, ["y"], stream(), distributions=["y"])
     assert caught.value.statistics.batches == 3
+
+
+def interrupting(after: int, times: int = 1) -> Any:
+    """Opens sessions that send signals before the batch of this number finishes."""
+    ran = itertools.count(1)
+
+    class Interrupting(Session):
+        def run(self, *arguments: Any, **options: Any) -> Any:
+            results = super().run(*arguments, **options)
+            for _ in range(times if next(ran) == after else 0):
+                time.sleep(0.2)  # the main thread waits by now
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                time.sleep(0.2)
+            return results
+
+    def opened(*arguments: Any, **options: Any) -> Session:
+        runner = session(*arguments, **options)
+        runner.__class__ = Interrupting
+        return runner
+
+    return opened
+
+
+def test_a_second_ctrl_c_waits_for_nothing_and_keeps_nothing(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qonnx.observation.session", interrupting(3, times=2))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        observe(model, ["y"], batches(rows(100), 1))
+    assert not isinstance(caught.value, Interrupted)
+
+
+@pytest.mark.parametrize("after", [2, 7, 70])
+def test_ctrl_c_while_a_batch_runs_loses_none_and_counts_none_twice(
+    model: ir.Model, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread waits for a worker when the signal comes, as it does nearly all the time."""
+    stream = batches(rows(100), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("qonnx.observation.session", interrupting(after))
+        with pytest.raises(Interrupted) as caught:
+            observe(model, ["y"], stream, distributions=["y"])
+    part = caught.value.statistics
+    assert after <= part.batches <= after + 3
+    first = observe(model, ["y"], stream[: part.batches], distributions=["y"])
+    assert_equal(part.tensors["y"].sketch, first.tensors["y"].sketch)
+    np.testing.assert_array_equal(part.tensors["y"].batch_maxima, first.tensors["y"].batch_maxima)
+    assert part.data == first.data
+
+
+def test_an_earlier_run_over_other_data_or_values_is_refused(model: ir.Model) -> None:
+    part = observe(model, ["y"], batches(rows(), 1)[:3])
+    for stream in (batches(rows() + 1, 1), batches(rows(), 1)[:2], batches(rows(), 2)):
+        with pytest.raises(DataError, match=r"counted 3 batches, and the first \d of these data are others"):
+            observe(model, ["y"], stream, earlier=part)
+    with pytest.raises(DataError, match="observed other values"):
+        observe(model, ["x", "y"], batches(rows(), 1), earlier=part)
+
+
+def test_the_time_left_counts_this_run_only(model: ir.Model) -> None:
+    told: list[Progress] = []
+    stream = batches(rows(), 1)
+    part = observe(model, ["y"], stream[:8], total=8, progress=told.append)
+    observe(model, ["y"], stream, earlier=part, total=12, progress=told.append)
+    assert [(p.batches, p.total) for p in told] == [*((n, 8) for n in range(1, 9)), *((n, 12) for n in range(9, 13))]
+    for p in told:
+        done = p.batches - (0 if p.total == 8 else 8)
+        assert p.left == pytest.approx(p.seconds / done * ((p.total or 0) - p.batches))
+        assert p.rate == pytest.approx(done / p.seconds)
+    observe(model, ["y"], stream, progress=told.append)
+    assert told[-1].left is None
 
 
 def test_a_batch_that_does_not_fit_stops_the_run(model: ir.Model) -> None:

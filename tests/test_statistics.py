@@ -36,7 +36,8 @@ def tensor(x: np.ndarray, axis: int | None = None) -> TensorStatistics:
 
 
 def assert_equal(a: Statistics, b: Statistics) -> None:
-    assert (a.batches, a.samples, list(a.tensors)) == (b.batches, b.samples, list(b.tensors))
+    assert (a.batches, a.samples, a.data, a.model) == (b.batches, b.samples, b.data, b.model)
+    assert list(a.tensors) == list(b.tensors)
     for name, left in a.tensors.items():
         right = b.tensors[name]
         assert (left.sketch is None) == (right.sketch is None)
@@ -116,8 +117,18 @@ def test_runs_that_differ_do_not_merge(
         Statistics(left, 1, 1).merge(Statistics(right, 1, 1))
 
 
+def test_runs_on_different_models_do_not_merge() -> None:
+    a, b, unknown = (Statistics({"x": of([1])}, 1, 1, "1", model) for model in ("a", "b", ""))
+    with pytest.raises(DataError, match="measured on different models"):
+        a.merge(b)
+    assert a.merge(unknown).model == unknown.merge(a).model == "a"
+    assert int(a.merge(a).data, 16) == 2
+
+
 def test_no_statistics_are_neutral() -> None:
     some = Statistics({"x": of([1])}, 1, 1)
+    assert_equal(Statistics({}, model="a").merge(some), Statistics(some.tensors, 1, 1, model="a"))
+    assert_equal(some.merge(Statistics({}, model="a")), Statistics(some.tensors, 1, 1, model="a"))
     assert Statistics({}).merge(some) is some
     assert some.merge(Statistics({})) is some
 
@@ -141,7 +152,7 @@ def example() -> Statistics:
         "ünïcode": of([], []),
         "bad": of([np.nan], [1]),
     }
-    return Statistics(tensors, 2, 4)
+    return Statistics(tensors, 2, 4, "0f" * 16, "a0" * 16)
 
 
 def test_files_bring_everything_back(tmp_path: Path) -> None:
