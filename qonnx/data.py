@@ -68,8 +68,8 @@ def expected_rows(data: Any, inputs: Sequence[InputSpec], max_batches: int | Non
     All are taken to be like the first, which is looked at where that does not use it up.
 
     >>> ids = [InputSpec("ids", np.dtype(np.int64), ("batch", 3))]
-    >>> expected_rows([np.zeros((4, 3))] * 3, ids), expected_rows(np.zeros((17, 3)), ids)
-    ([4, 4, 4], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
+    >>> expected_rows([np.zeros((4, 3))] * 3, ids), expected_rows(np.zeros((8, 3)), ids)
+    ([4, 4, 4], [1, 1, 1, 1, 1, 1, 1, 1])
     """
     try:
         count, parts = _source_count(data), [1]

@@ -103,10 +103,16 @@ def test_every_form_of_data_can_be_quantized_with(form: str, tmp_path: Path) -> 
     assert told[-1].total == (None if total is None else 9)
 
 
-def test_one_array_is_one_batch() -> None:
-    model = model_of("g (float[n,32] x, float[32,64] w) => (float[n,64] y) { y = MatMul(x, w) }", weights="w")
-    statistics = qonnx.calibrate(model, data()[0]["x"])
-    assert (statistics.batches, statistics.samples) == (1, 8)
+@pytest.mark.parametrize(("size", "count"), [("n", 8), ("4", 6), ("8", 3)])
+def test_one_array_is_cut_into_batches_whose_number_is_known(size: str, count: int) -> None:
+    text = f"g (float[{size},32] x, float[32,64] w) => (float[{size},64] y) {{ y = MatMul(x, w) }}"
+    told: list[Progress] = []
+    x = data()[0]["x"] if size == "n" else np.concatenate([batch["x"] for batch in data()[:3]])
+    statistics = qonnx.calibrate(model_of(text, weights="w"), x, progress=told.append)
+    assert (statistics.batches, statistics.samples) == (count, len(x))
+    assert [p.total for p in told] == [count] * count
+    again = qonnx.calibrate(model_of(text, weights="w"), [{"x": x}, {"x": x}], max_batches=5, progress=told.append)
+    assert told[-1].total == told[-1].batches == again.batches == (2 if size == "n" else 5)
 
 
 @pytest.mark.parametrize("after", [1, 5, 11])
