@@ -606,3 +606,24 @@ def test_export_has_the_documented_signature() -> None:
     parameters = inspect.signature(export).parameters
     assert parameters["opset"].default == 21
     assert list(parameters)[:3] == ["module", "args", "path"]
+
+
+def test_attention_with_a_position_bias(tmp_path: Path) -> None:
+    """Torch stops at the view behind such attention when the batch is dynamic."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+            self.table = nn.Embedding(9, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            batch, length, _ = x.shape
+            query, key, value = self.qkv(x).view(batch, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            steps = torch.arange(length)
+            bias = self.table(steps[None] - steps[:, None] + 4).permute(2, 0, 1)[None]
+            attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            return attended.transpose(1, 2).contiguous().view(batch, length, 8)
+
+    path = export(Biased(), (torch.randn(2, 5, 8),), tmp_path / "model.onnx", dynamic_shapes={"x": {0: "batch"}})
+    assert "MatMul" in {node.op_type for node in onnx.load(path).graph.node}

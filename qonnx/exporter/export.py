@@ -168,24 +168,10 @@ class _Captured:
 
 
 def _capture(module: torch.nn.Module, inputs: ExampleInputs, opset: int) -> _Captured:
-    import torch
     from torch.export.graph_signature import ConstantArgument, OutputKind
 
     kind = type(module).__name__
-    try:
-        program = torch.onnx.export(
-            module,
-            inputs.args,
-            kwargs=inputs.kwargs,
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            dynamic_shapes=inputs.torch_shapes,
-            optimize=False,  # `simplify` does it, without merging parameters that happen to be equal
-        )
-    except Exception as error:  # the exporter raises whatever stopped it: its own, dynamo's and the module's errors
-        raise ExportError(f"{kind} cannot be exported: {_root_cause(error)}") from error
-    assert program is not None
+    program = _translate(module, inputs, opset)
     assert program.exported_program is not None
     graph = program.model.graph
     if len(graph.inputs) != len(inputs.axes):
@@ -206,6 +192,39 @@ def _capture(module: torch.nn.Module, inputs: ExampleInputs, opset: int) -> _Cap
             if spec.kind is OutputKind.USER_OUTPUT
         ),
     )
+
+
+def _translate(module: torch.nn.Module, inputs: ExampleInputs, opset: int) -> torch.onnx.ONNXProgram:
+    """Torch's own export."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attempt() -> torch.onnx.ONNXProgram:
+        program = torch.onnx.export(
+            module,
+            inputs.args,
+            kwargs=inputs.kwargs,
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            dynamic_shapes=inputs.torch_shapes,
+            optimize=False,  # `simplify` does it, without merging parameters that happen to be equal
+        )
+        assert program is not None
+        return program
+
+    try:
+        try:
+            return attempt()
+        except Exception as error:
+            # With a bias that is not a mask, torch takes the result of its fused attention kernel for one with other
+            # strides, and stops at the next view. The kernel in elementary operations has no such strides.
+            if "Cannot view a tensor" not in _chain(error):
+                raise
+            with sdpa_kernel(SDPBackend.MATH):
+                return attempt()
+    except Exception as error:  # the exporter raises whatever stopped it: its own, dynamo's and the module's errors
+        raise ExportError(f"{type(module).__name__} cannot be exported: {_root_cause(error)}") from error
 
 
 def _axis_names(graph: ir.Graph, inputs: ExampleInputs) -> dict[str | ir.SymbolicDim, str]:
