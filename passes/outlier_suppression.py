@@ -21,9 +21,9 @@ from qonnx.errors import RecipeError
 from qonnx.group_error import Choice, GroupError, Ranges, Samples, Vector, best
 from qonnx.groups import SmoothGroup
 
-# Thresholds: 16 from the largest magnitude down to a 64th of it (below, hardly any channel is left that does not stick
-# out), then eight between the neighbours of the best one.
-_COARSE = np.geomspace(1.0, 1 / 64, 16)
+# Thresholds: 21 from the largest magnitude down to a 1024th of it (massive activations are 1000 times larger than what
+# a channel usually holds), then eight between the neighbours of the best one.
+_COARSE = np.geomspace(1.0, 1 / 1024, 21)
 _FINE = 10
 
 

@@ -4,6 +4,9 @@
 
 The quantizers are those that will be used: one scale for each tensor X~, one for each column of W~ or for all of it.
 Both norms are taken around the mean over tokens of each output channel where bias correction will remove it.
+No token counts more than 16 of median power: in a decoder the first one can have 10^6 times that (Sun et al., "Massive
+Activations in Large Language Models", COLM 2024), and networks normalise each token before the next layer. Were it to
+count in full, nothing else would.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ Samples: TypeAlias = Mapping[str, Array]
 # Multiplications per layer and candidate. Wider layers are measured on some of their outputs, evenly spaced.
 _BUDGET = 1 << 28
 _FEWEST = 16
+
+# How many times the power of the median token one may count.
+_LOUDEST = 16.0
 
 
 class Quantizers(msgspec.Struct, frozen=True):
@@ -127,6 +133,7 @@ class _Layer:
         weight: [groups, inputs, taps, outputs] of these outputs.
         whole: [groups, inputs, taps, outputs] of all.
         index: [groups times inputs] the producer's channel that each is.
+        rows: [tokens, 1] what the noise of each token is multiplied by.
         signal: what the error is relative to.
     """
 
@@ -137,6 +144,7 @@ class _Layer:
     weight: Array
     whole: Array
     index: Indices
+    rows: Array
     signal: float
 
 
@@ -165,7 +173,8 @@ class GroupError:
         ours = index != FOREIGN
         low = np.where(ours, ranges.low[index], x.min(axis=0)).astype(np.float32)
         high = np.where(ours, ranges.high[index], x.max(axis=0)).astype(np.float32)
-        return _Layer(x, y, low, high, weight, whole, index, self._power(y) or 1.0)
+        rows = _loudness(y) if linear.node.op_type in ("MatMul", "Gemm") else np.ones((len(x), 1), np.float32)
+        return _Layer(x, y, low, high, weight, whole, index, rows, self._power(y, rows) or 1.0)
 
     @property
     def measurable(self) -> bool:
@@ -184,7 +193,11 @@ class GroupError:
         error = _product(quantized, self._weight(layer, s))
         error -= layer.y
         error += _product(z[None], layer.weight)
-        return self._power(error)
+        return self._power(error, layer.rows)
+
+    def _power(self, y: Array, rows: Array) -> float:
+        centred = y - y.mean(axis=1, keepdims=True) if self._quantizers.correct_biases else y
+        return float(np.vdot(centred, centred * rows))
 
     def _activations(self, x: Array, low: Array, high: Array) -> Array:
         dtype = self._quantizers.activations
@@ -202,9 +215,12 @@ class GroupError:
         rounded = np.asarray(fake_quantize(matrix, step, zero, dtype, granularity), np.float32)
         return rounded.reshape(*weight.shape[1:3], weight.shape[0], weight.shape[3]).transpose(2, 0, 1, 3)
 
-    def _power(self, y: Array) -> float:
-        centred = y - y.mean(axis=1, keepdims=True) if self._quantizers.correct_biases else y
-        return float(np.vdot(centred, centred))
+
+def _loudness(y: Array) -> Array:
+    """[tokens, 1] what brings the power of each row of y [groups, tokens, outputs] down to `_LOUDEST` medians."""
+    power = np.einsum("gto,gto->t", y, y, dtype=np.float64)
+    limit = _LOUDEST * (float(np.median(power)) or float(power.mean()))
+    return np.divide(limit, power, out=np.ones_like(power), where=power > limit).astype(np.float32)[:, None]
 
 
 def _by_group(linear: Linear, weight: Array) -> Array:

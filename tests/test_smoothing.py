@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from qonnx.errors import DataError
-from qonnx.group_error import GroupError, Quantizers, channel_axes, measure
+from qonnx.group_error import GroupError, Quantizers, Ranges, channel_axes, measure
 from qonnx.group_samples import collect_inputs
 from qonnx.groups import Residual, SmoothGroup, find_groups
 from qonnx.numerics import Dtype
@@ -286,3 +286,27 @@ def test_the_estimate_is_what_integers_do() -> None:
     scale, shift = np.linspace(0.5, 4, 8), np.linspace(-1, 1, 8)
     expected = quantized_error(samples["n"].astype(np.float64), [weight.numpy().astype(np.float64)], scale, shift)
     assert GroupError(groups[0], ranges, samples, Quantizers())(scale, shift) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_token_that_is_louder_than_all_others_does_not_decide() -> None:
+    """Its noise counts as if it had 16 times the median power, and the others are not lost beside it."""
+    text = "g (float[T,8] x, float[8] g, float[8,6] w) => (float[T,6] y) { n = RMSNormalization(x, g) y = MatMul(n, w) }"
+    model = prepared(text, "g w", opset=23)
+    (group,) = find_groups(model)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((9, 8)).astype(np.float32)
+    x[0, 3] = 3000
+    axes = channel_axes([group])
+    (name,) = axes
+    ranges = Ranges(x.min(axis=0).astype(np.float64), x.max(axis=0).astype(np.float64), np.ones(8))
+    error = GroupError(group, ranges, {name: x}, Quantizers(correct_biases=False))
+    tensor = group.consumers[0].linear.weight.const_value
+    assert tensor is not None
+    w = tensor.numpy().astype(np.float64)
+    for s in (np.ones(8), np.array([1, 1, 1, 1000.0, 1, 1, 1, 1])):
+        step, steps = np.abs(x / s).max() / 127, np.abs(w * s[:, None]).max(axis=0) / 127
+        noise = np.square(np.rint(x / s / step) * step @ (np.rint(w * s[:, None] / steps) * steps) - x @ w).sum(axis=1)
+        signal = np.square(x @ w).sum(axis=1)
+        weight = np.minimum(1, 16 * np.median(signal) / signal)
+        assert error(s, np.zeros(8)) == pytest.approx((weight * noise).sum() / (weight * signal).sum(), rel=0.02)
+    assert error(np.ones(8), np.zeros(8)) > 0.2  # nothing is left of eight tokens of nine: 1e-5 by power
