@@ -23,6 +23,7 @@ from qonnx.errors import DataError, ModelError
 from qonnx.formats import insert
 from qonnx.graph import first_line, parameters, save
 from qonnx.numerics import Dtype
+from qonnx.passes.drop_bounds import DropBounds
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, make_plan
 from qonnx.ranges import Range, calibrated
@@ -150,6 +151,7 @@ def write(job: Job, plan: QuantPlan) -> Attempt:
     """
     quantized = job.prepared.clone()
     insert(quantized, plan)
+    DropBounds()(quantized)
     _stamp(quantized, plan, job)
     save(quantized, job.file)
     _check_valid(quantized, job.file)

@@ -24,7 +24,7 @@ from qonnx.channels import FOREIGN, Indices
 from qonnx.errors import DataError
 from qonnx.graph import float32
 from qonnx.groups import Consumer, SmoothGroup
-from qonnx.linear import Linear
+from qonnx.linear import Linear, by_group
 from qonnx.numerics import Dtype, Granularity, PerAxis, PerTensor, absmax, fake_quantize, scale_and_zero_point
 from qonnx.statistics import Statistics
 
@@ -165,7 +165,7 @@ class GroupError:
         x, tensor = samples.get(linear.data.name or ""), linear.weight.const_value
         if x is None or not x.size or tensor is None:
             return None
-        whole = _by_group(linear, float32(tensor.numpy()))
+        whole = by_group(linear, float32(tensor.numpy()))
         per_output = x.shape[0] * int(np.prod(whole.shape[:3]))
         count = max(_FEWEST, _BUDGET // max(1, per_output))
         weight = np.ascontiguousarray(whole[..., :: -(-whole.shape[3] // count)])
@@ -221,16 +221,6 @@ def _loudness(y: Array) -> Array:
     power = np.einsum("gto,gto->t", y, y, dtype=np.float64)
     limit = _LOUDEST * (float(np.median(power)) or float(power.mean()))
     return np.divide(limit, power, out=np.ones_like(power), where=power > limit).astype(np.float32)[:, None]
-
-
-def _by_group(linear: Linear, weight: Array) -> Array:
-    """[groups, inputs, taps, outputs] of one group each."""
-    if linear.groups == 1:
-        weight = np.moveaxis(weight, (linear.input_axis, linear.output_axis), (0, -1))
-        return weight.reshape(1, weight.shape[0], -1, weight.shape[-1])
-    weight = weight.reshape(linear.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
-    # Conv stores [out, in / groups, ...], ConvTranspose [in, out / groups, ...].
-    return weight.transpose(0, 2, 3, 1) if linear.node.op_type == "Conv" else weight.transpose(0, 1, 3, 2)
 
 
 def _columns(weight: Array) -> Array:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qonnx.graph import constant, is_float, is_initializer, rank
@@ -116,6 +118,21 @@ def linear_of(node: ir.Node) -> Linear | None:
         groups = node.attributes.get_int("group", 1) if node.op_type in ("Conv", "ConvTranspose") else 1
         return Linear(node, data, data_index, weight, weight_index, path, stored[0], stored[1], groups, bias, bias_node)
     return None
+
+
+def by_group(linear: Linear, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """A weight as [groups, inputs, taps, outputs] of one group each; all but grouped convolutions are one group.
+
+    Args:
+        linear: the layer.
+        weight: as stored.
+    """
+    if linear.groups == 1:
+        weight = np.moveaxis(weight, (linear.input_axis, linear.output_axis), (0, -1))
+        return weight.reshape(1, weight.shape[0], -1, weight.shape[-1])
+    weight = weight.reshape(linear.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
+    # Conv stores [out, in / groups, ...], ConvTranspose [in, out / groups, ...].
+    return weight.transpose(0, 2, 3, 1) if linear.node.op_type == "Conv" else weight.transpose(0, 1, 3, 2)
 
 
 def _stored_weight(node: ir.Node, index: int) -> tuple[ir.Value, tuple[ir.Node, ...]] | None:
