@@ -21,7 +21,7 @@ from qonnx.calibrators import Auto, Average, MinMax
 from qonnx.comparison import NOTHING_COMPARED, Comparison, ModelSource, compare
 from qonnx.errors import DataError, ModelError
 from qonnx.formats import insert
-from qonnx.graph import first_line, parameters, save
+from qonnx.graph import FLOAT_REASON, first_line, parameters, save
 from qonnx.numerics import Dtype
 from qonnx.passes.drop_bounds import DropBounds
 from qonnx.placement import candidates, place
@@ -224,6 +224,10 @@ def _check_valid(model: ir.Model, file: Path) -> None:
 
 def _stamp(model: ir.Model, plan: QuantPlan, job: Job) -> None:
     """Writes into the file what someone who finds it needs to know."""
+    reasons = {layer.node: layer.reason for layer in plan.float_layers}
+    for node in model.graph:
+        if node.name in reasons:
+            node.metadata_props[FLOAT_REASON] = reasons[node.name]
     model.producer_name = "qonnx"
     model.producer_version = importlib.metadata.version("qonnx-pipeline")
     recipe = msgspec.json.encode(job.recipe).decode() if plan.recipe == job.recipe.name else plan.recipe

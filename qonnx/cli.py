@@ -321,6 +321,14 @@ def engine(
         Path, typer.Option("-o", "--output", metavar="FILE", help="The engine to write.", show_default=False)
     ],
     target: TargetName = "a800",
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The compiler: tensorrt-rtx needs no GPU, tensorrt builds on the GPU of the target.  [default: "
+            "tensorrt where it and that GPU are, else tensorrt-rtx]",
+        ),
+    ] = None,
     dim: Annotated[
         list[str] | None,
         typer.Option(
@@ -329,25 +337,79 @@ def engine(
             "The batch is 1,8,32 if not given.",
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Batches to take sizes from, and to calibrate on.", show_default=False),
+    ] = None,
+    float_type: Annotated[
+        str, typer.Option("--float", metavar="TYPE", help="What is not on INT8 computes in fp32, fp16 or bf16.")
+    ] = "fp32",
+    workspace: Annotated[
+        int | None, typer.Option(metavar="MIB", help="GPU memory that a kernel may use for itself.")
+    ] = None,
+    level: Annotated[int | None, typer.Option(metavar="N", help="How long to search for kernels, 0 to 5.")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Kernel times to use again, and to add to.")
+    ] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Later versions of TensorRT can load the engine.")
+    ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="All GPUs from Ampere on can load the engine.")
+    ] = False,
+    refit: Annotated[bool, typer.Option("--refit", help="Weights of the engine can be replaced.")] = False,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory.")
+    ] = False,
+    calibrator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="For a graph without Q/DQ, TensorRT up to 10: calibrate on --data by entropy-2, minmax, entropy or "
+            "legacy.",
+        ),
+    ] = None,
+    calibration_cache: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For such a graph: ranges from `qonnx calibrate --cache`.")
+    ] = None,
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after this long.")] = 600,
-    layers: Annotated[bool, typer.Option("--layers", help="Also list the kernels of the engine.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List all layers, and the kernels of the engine.")] = False,
+    json: Json = None,
 ) -> None:
-    """Build a TensorRT engine; this needs no GPU.
+    """Build a TensorRT engine, and show what runs on INT8.
 
-    The compiler is TensorRT-RTX: pip install 'qonnx-pipeline[rtx]'.
+    TensorRT for RTX builds without a GPU: pip install 'qonnx-pipeline[rtx]'.
     """
-    from qonnx.comparison import LAYER_OPS
-    from qonnx.engine import build_engine
-    from qonnx.engine.listing import int8_nodes
-    from qonnx.graph import load
+    from qonnx.engine import Settings, build_engine
     from qonnx.tables import engine_tables
 
-    _check_distinct([model], output)
-    with working("compiling"):
-        report = build_engine(model, output, target=target, dims=_dims(dim or ()), timeout=timeout)
-    nodes = [node for node in load(model).graph if node.op_type in LAYER_OPS]
-    names = [node.name or f"node_of_{node.outputs[0].name}" for node in nodes]
-    _print(engine_tables(report, int8_nodes(report.layers, names), layers))
+    _check_distinct([path for path in (model, data, calibration_cache) if path is not None], output, json, timing_cache)
+    settings = Settings(
+        workspace_mib=workspace,
+        level=level,
+        timing_cache=None if timing_cache is None else str(timing_cache),
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        refit=refit,
+        weight_streaming=weight_streaming,
+    )
+    with _writing(json) as write_json, working("compiling") as say:
+        report = build_engine(
+            model,
+            output,
+            target=target,
+            backend=backend,
+            dims=_dims(dim or ()),
+            data=data,
+            float_type=float_type,
+            settings=settings,
+            calibrator=calibrator,
+            calibration_cache=calibration_cache,
+            progress=lambda step: say(f"compiling: {step.phase}, {step.done} of {step.total}"),
+            timeout=timeout,
+        )
+        write_json(report.to_json())
+    _print(engine_tables(report, layers))
 
 
 @app.command()

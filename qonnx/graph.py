@@ -20,6 +20,9 @@ from qonnx.errors import ModelError, OutputError
 # open, and neither writing nor reading it ever holds all weights in memory.
 EXTERNAL_DATA_BYTES = 64 * 1024 * 1024
 
+# Where a quantized file keeps the reason for a layer in float: the metadata of its node.
+FLOAT_REASON = "qonnx.float_reason"
+
 # The types that QuantizeLinear takes; float64 is not one of them.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 

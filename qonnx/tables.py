@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qonnx.comparison import Comparison, Difference
     from qonnx.engine import EngineLayer, EngineReport
-    from qonnx.engine.listing import NodePrecision
+    from qonnx.engine.inspection import NodeInspection
     from qonnx.pipeline import Result
     from qonnx.plan import QuantPlan
     from qonnx.roofline import Roofline
@@ -95,17 +95,20 @@ def comparison_tables(comparison: Comparison) -> list[Text]:
     return lines
 
 
-def engine_tables(report: EngineReport, products: Sequence[NodePrecision], layers: bool = False) -> list[Text]:
-    """The engine, which of the model's matrix products and convolutions run on INT8, and if asked for every kernel.
+def engine_tables(report: EngineReport, layers: bool = False) -> list[Text]:
+    """The engine, and how it runs each matrix product and convolution of the model: those first that miss the plan.
 
     Args:
         report: what was built.
-        products: how the engine runs each Conv, ConvTranspose, Gemm and MatMul.
-        layers: whether to list the kernels.
+        layers: whether to list all of them, and every kernel.
     """
-    in_float = [product.node for product in products if not product.int8]
-    share = f"{len(products) - len(in_float)} of {len(products)} convolutions and matrix products run on INT8"
-    lines = [Text(f"{report.plan}: {share}", _BAD if len(in_float) == len(products) else _GOOD)]
+    in_float = [node for node in report.nodes if not node.int8]
+    lost = [node for node in in_float if node.planned]
+    share = f"{len(report.nodes) - len(in_float)} of {len(report.nodes)} convolutions and matrix products run on INT8"
+    lines = [Text(f"{report.plan}: {share}", _BAD if lost or len(in_float) == len(report.nodes) else _GOOD)]
+    for node in lost:
+        reason = node.reason or "the compiler gives no reason"
+        lines += _warnings([f"{node.node} ({node.op}) is quantized, and runs in float: {reason}"])
     lines += _warnings(report.warnings)
     capability = ".".join(str(part) for part in report.compute_capability)
     facts = [
@@ -114,13 +117,30 @@ def engine_tables(report: EngineReport, products: Sequence[NodePrecision], layer
         ("made by", f"{report.compiler} in {report.seconds:.1f} s"),
         *(("shapes", f"{name} {' '.join(map(_shape, shapes))}") for name, shapes in report.profiles.items()),
     ]
-    lines += [Text(), *_rows(facts, right=0)]
-    if in_float:
-        lines += [Text(), Text("not on INT8", _TITLE), *_named(in_float)]
+    lines += [Text(), *_rows(facts, right=0), *_node_rows(report.nodes, layers)]
+    left = [LayerPlan(node.node, node.op, "", node.path, node.reason) for node in in_float if not node.planned]
+    if any(layer.reason for layer in left):
+        lines += [Text(), Text("left in float", _TITLE), *_by_reason([layer for layer in left if layer.reason])]
     if layers:
         rows = [("reads", "writes", "kernel"), *map(_kernel, report.layers)]
         lines += [Text(), Text("kernels in order of execution", _TITLE), *_rows(rows, right=0)]
     return lines
+
+
+def _node_rows(nodes: Sequence[NodeInspection], everything: bool) -> list[Text]:
+    """One line a node: those that miss the plan, then those in float, then the others."""
+    if not nodes:
+        return []
+    ordered = sorted(nodes, key=lambda node: (node.int8, not node.planned))
+    shown = ordered if everything else ordered[:_ROWS]
+    rows = [("reads", "writes", "copies", "layer -> engine layer")]
+    for node in shown:
+        fused = f", fused with {', '.join(node.fused)}" if node.fused else ""
+        name = f"{node.node} ({node.op}) -> {node.layer or 'none: folded away'}{fused}"
+        rows.append((" ".join(node.reads), " ".join(node.writes), str(len(node.copies)), name))
+    lines = [Text(), Text("layers, those in float first", _TITLE), *_rows(rows, right=0)]
+    rest = len(ordered) - len(shown)
+    return [*lines, Text(f"... and {rest} more: --layers lists them all")] if rest else lines
 
 
 def roofline_tables(result: Roofline, unprofitable: Mapping[str, str], layers: bool = False) -> list[Text]:

@@ -722,8 +722,21 @@ def test_an_engine(qonnx_: Qonnx, folder: Path) -> None:
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("out.plan: 2 of 2 convolutions and matrix products run on INT8\n")
     assert "shapes    x 1x32 4x32 8x32\n" in done.out
+    assert "\nlayers, those in float first\nreads       writes  copies  layer -> engine layer\n" in done.out
+    assert "int8 float  float   0       fc1 (Gemm) -> " in done.out
     assert "\nkernels in order of execution\nreads" in done.out
     assert (folder / "out.plan").stat().st_size > 1000
+
+
+@pytest.mark.rtx
+def test_an_engine_as_json(qonnx_: Qonnx, folder: Path) -> None:
+    assert qonnx_(ENGINE + " --float fp16 --level 1 --json engine.json").code == 0
+    report = json.loads((folder / "engine.json").read_text())
+    assert [(node["node"], node["planned"], node["int8"]) for node in report["nodes"]] == [
+        ("fc1", True, True),
+        ("fc2", True, True),
+    ]
+    assert {kind for layer in report["layers"] for kind in layer["outputs"]} >= {"float16", "float"}
 
 
 def test_a_graph_is_shown(qonnx_: Qonnx, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,10 @@ import onnx_ir as ir
 from qonnx.data import batches
 from qonnx.engine.backends import capability_of, check_settings, find_compiler
 from qonnx.engine.calibrate import check_no_qdq, from_batches, from_cache, holds_qdq
+from qonnx.engine.inspection import NodeInspection, inspect
 from qonnx.engine.inspector import parse_inspection
 from qonnx.engine.listing import EngineLayer, parse_listing
-from qonnx.engine.messages import located, reason, refusal_message
+from qonnx.engine.messages import located, planned_reason, reason, refusal_message
 from qonnx.engine.profiles import Range, profiles_of, sizes_in
 from qonnx.engine.protocol import Profile, Reply, Request, Step
 from qonnx.engine.settings import Backend, Calibrator, FloatType, Settings
@@ -48,6 +49,7 @@ class EngineReport(msgspec.Struct, frozen=True):
         compiler: name and version of the compiler.
         compute_capability: of the devices that can run it.
         profiles: smallest, usual and largest shape of every input with a dynamic dimension.
+        nodes: how each matrix product and convolution of the graph runs.
         layers: the kernels in order of execution.
         warnings: what the compiler warned about.
     """
@@ -58,8 +60,20 @@ class EngineReport(msgspec.Struct, frozen=True):
     compiler: str
     compute_capability: tuple[int, int]
     profiles: dict[str, Profile]
+    nodes: tuple[NodeInspection, ...]
     layers: tuple[EngineLayer, ...]
     warnings: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """The whole report; types by their names."""
+        layers = [
+            {
+                field: [kind.name.lower() for kind in value] if field in ("inputs", "constants", "outputs") else value
+                for field, value in msgspec.structs.asdict(layer).items()
+            }
+            for layer in self.layers
+        ]
+        return msgspec.json.encode(msgspec.structs.asdict(self) | {"layers": layers}).decode()
 
 
 def build_engine(
@@ -152,6 +166,7 @@ def build_engine(
         reply = _compile(request, loaded, os.fspath(model), timeout, progress or (lambda step: None))
         size = staged.stat().st_size
         publish(folder, Path(plan).parent)
+    layers = parse_inspection(reply.inspection) or parse_listing(reply.listing)
     return EngineReport(
         plan=os.fspath(plan),
         bytes=size,
@@ -159,7 +174,8 @@ def build_engine(
         compiler=reply.compiler,
         compute_capability=capability,
         profiles=shapes,
-        layers=parse_inspection(reply.inspection) or parse_listing(reply.listing),
+        nodes=inspect(loaded, layers, consumer.name),
+        layers=layers,
         warnings=tuple(reason(warning) for warning in reply.warnings),
     )
 
@@ -193,7 +209,8 @@ def _compile(request: Request, model: ir.Model, name: str, timeout: float, progr
         raise EngineError(f"{name}: the compiler {_death(code, stderr)}")
     if reply.refusals:
         others = f" (and {len(reply.refusals) - 1} more)" if len(reply.refusals) > 1 else ""
-        raise EngineError(f"{name}: {refusal_message(located(reply.refusals[0], model))}{others}")
+        refusal = located(reply.refusals[0], model)
+        raise EngineError(f"{name}: {refusal_message(refusal)}{others}{planned_reason(refusal, model)}")
     return reply
 
 

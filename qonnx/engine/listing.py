@@ -38,6 +38,12 @@ _TYPES = {
 }
 
 
+# What multiplies, in the compiler's listing and in the inspector's words.
+_PRODUCTS = frozenset(
+    {"gemm", "correlation", "deconv", "convolution", "deconvolution", "matrixmultiply", "fullyconnected"}
+)
+
+
 class EngineLayer(msgspec.Struct, frozen=True):
     """One kernel of the engine.
 
@@ -129,7 +135,7 @@ def _precision(node: str, carriers: list[EngineLayer]) -> NodePrecision:
 
 def _is_product(layer: EngineLayer) -> bool:
     """Whether the layer multiplies matrices or convolves; otherwise it pads, scales, casts or moves."""
-    return layer.type in ("gemm", "correlation", "deconv") or _is_attention(layer) or _is_fused_product(layer)
+    return layer.type in _PRODUCTS or _is_attention(layer) or _is_fused_product(layer)
 
 
 def _is_attention(layer: EngineLayer) -> bool:

@@ -8,6 +8,7 @@ import msgspec
 import onnx_ir as ir
 
 from qonnx.engine.protocol import Refusal
+from qonnx.graph import FLOAT_REASON
 
 _CODED = re.compile(r"Error Code \d+: [^(]*\((.*?)\.? In \w+ at ", re.DOTALL)
 _SOURCE = re.compile(r"^(?:\[[^\]]*\] |\w+\.[ch]pp:\d+: )")
@@ -37,11 +38,18 @@ def located(refusal: Refusal, model: ir.Model) -> Refusal:
         if numbered is None:
             return msgspec.structs.replace(refusal, node="")
         return msgspec.structs.replace(refusal, node=numbered.name or "", op=numbered.op_type)
-    named = [name for name in nodes if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", refusal.text)]
+    named = [name for name in nodes if re.search(rf"(?<![\w.]){re.escape(name)}(?!\w|\.\w)", refusal.text)]
     if not named:
         return refusal
     name = max(named, key=len)
     return msgspec.structs.replace(refusal, node=name, op=nodes[name].op_type)
+
+
+def planned_reason(refusal: Refusal, model: ir.Model) -> str:
+    """Why the plan left the node in float, in parentheses; "" where it did not."""
+    named = (node.metadata_props.get(FLOAT_REASON, "") for node in model.graph if node.name == refusal.node)
+    found = next(filter(None, named), "") if refusal.node else ""
+    return f" (the plan left it in float: {found})" if found else ""
 
 
 def reason(text: str) -> str:
