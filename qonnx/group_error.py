@@ -220,7 +220,7 @@ def _loudness(y: Array) -> Array:
     """[tokens, 1] what brings the power of each row of y [groups, tokens, outputs] down to `_LOUDEST` medians."""
     power = np.einsum("gto,gto->t", y, y, dtype=np.float64)
     limit = _LOUDEST * (float(np.median(power)) or float(power.mean()))
-    return np.divide(limit, power, out=np.ones_like(power), where=power > limit).astype(np.float32)[:, None]
+    return np.asarray(limit / np.maximum(power, limit) if limit else np.ones_like(power), np.float32)[:, None]
 
 
 def _columns(weight: Array) -> Array:

@@ -290,7 +290,9 @@ def test_the_estimate_is_what_integers_do() -> None:
 
 def test_a_token_that_is_louder_than_all_others_does_not_decide() -> None:
     """Its noise counts as if it had 16 times the median power, and the others are not lost beside it."""
-    text = "g (float[T,8] x, float[8] g, float[8,6] w) => (float[T,6] y) { n = RMSNormalization(x, g) y = MatMul(n, w) }"
+    text = (
+        "g (float[T,8] x, float[8] g, float[8,6] w) =>(float[T,6] y) { n = RMSNormalization(x, g ) y = MatMul(n, w) }"
+    )
     model = prepared(text, "g w", opset=23)
     (group,) = find_groups(model)
     rng = np.random.default_rng(0)
