@@ -53,10 +53,7 @@ class Percentile(msgspec.Struct, frozen=True, tag_field="kind", tag="percentile"
 
 
 def _quantile(cells: Cells, count: int, share: float) -> float:
-    """The upper edge of the cell that holds the element of rank ceil(share * count).
-
-    Ranks are taken from the top, where the counts of sampled rows are exact too.
-    """
+    """The upper edge of the cell that holds the element of rank ceil(share * count)."""
     # Shares such as 0.9999 are not exact in binary: without the slack, rank 9999 of 10 000 would become 10 000.
     above = count - math.ceil(share * count - 1e-6)
     from_top = np.cumsum(cells.counts[::-1])

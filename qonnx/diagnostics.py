@@ -104,7 +104,7 @@ def saturations(statistics: Statistics, ranges: Mapping[str, Range]) -> tuple[Sa
         if tensor is None or tensor.sketch is None or not tensor.finite or not tensor.count:
             continue
         cells = tensor.sketch.values()
-        total = int(cells.counts.sum())  # of sampled rows, not quite tensor.count
+        total = int(cells.counts.sum())
         above = _beyond(cells, range_.high) if tensor.maximum > range_.high else 0.0
         below = _beyond(_mirrored(cells), -range_.low) if tensor.minimum < range_.low else 0.0
         found.append(Saturation(value, below / total, above / total))

@@ -28,9 +28,6 @@ from qonnx.statistics import Statistics, TensorStatistics, from_batch
 # from several cores, and counting takes the interpreter's lock and one core.
 _WORKERS = 2
 
-# Elements per row that are counted. More are found in large feature maps only, where neighbours are much alike.
-ROW_LIMIT = 1 << 16
-
 # Batches whose extremes are merged at a time: merging copies the extremes of all batches so far.
 _KEPT_APART = 64
 
@@ -77,7 +74,6 @@ def observe(
     stream: Iterable[Feeds],
     *,
     distributions: Collection[str] = (),
-    limit: int | None = ROW_LIMIT,
     channel_axes: Mapping[str, int] | None = None,
     earlier: Statistics | None = None,
     total: int | None = None,
@@ -94,8 +90,6 @@ def observe(
         stream: batches, each one array per model input.
         distributions: names among `values` of those whose elements are also counted, as calibrators other than
             `minmax`, `average` and `ema` need it. This costs more than the extremes, about 1.5 ns per element.
-        limit: rows of a value (one index of its first axis: in most models one sample) that have more elements are
-            sampled, the largest magnitudes excepted: see `qonnx.sketch.Counter`. None counts every element.
         channel_axes: by value name, the axis along which every index is observed too.
         earlier: what an interrupted run over the same stream had measured; its batches are skipped.
         total: how many batches the stream probably has, for `progress`; None if that is not known.
@@ -115,7 +109,7 @@ def observe(
         return earlier
     if earlier.tensors and earlier.tensors.keys() != {observer.value for observer in watched}:
         raise DataError("the earlier run observed other values: calibrate from the start")
-    run = _Run(watched, _positive_axes(model, channel_axes or {}), limit)
+    run = _Run(watched, _positive_axes(model, channel_axes or {}))
     runner = session(augmented, threads=max(1, (os.cpu_count() or 1) // _WORKERS))
     rest = _after(earlier, stream)
     batches, samples, start = earlier.batches, earlier.samples, time.perf_counter()
@@ -176,12 +170,12 @@ def _positive_axes(model: ir.Model, channel_axes: Mapping[str, int]) -> dict[str
 class _Run:
     """The statistics of one run while it grows."""
 
-    def __init__(self, watched: Sequence[Observer], axes: Mapping[str, int], limit: int | None) -> None:
+    def __init__(self, watched: Sequence[Observer], axes: Mapping[str, int]) -> None:
         self._axes = axes
         self._outputs: dict[str, dict[Statistic, str]] = {}
         for observer in watched:
             self._outputs.setdefault(observer.value, {})[observer.statistic] = observer.output
-        self._counters = {name: Counter(limit) for name, parts in self._outputs.items() if Statistic.ELEMENTS in parts}
+        self._counters = {name: Counter() for name, parts in self._outputs.items() if Statistic.ELEMENTS in parts}
         # Of the first batches, and how many these are. One value: Ctrl-C may come at any time.
         self._merged = (Statistics({}), 0)
         self._finished: dict[int, Statistics] = {}
@@ -216,7 +210,7 @@ class _Run:
         results = runner.run(feeds)
         tensors = {name: self._measured(name, results) for name in self._outputs}
         for name, counter in self._counters.items():
-            counter.add(results.pop(self._outputs[name][Statistic.ELEMENTS]), every=not tensors[name].finite)
+            counter.add(results.pop(self._outputs[name][Statistic.ELEMENTS]))
         digest = Digest()
         digest.update(feeds)
         batch = Statistics(tensors, batches=1, samples=_samples(feeds), data=digest.hexdigest())
