@@ -108,7 +108,7 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
 
     The file of the best attempt is the one that is left.
     """
-    ranges = _ranges(job, statistics)
+    ranges = _as_ruled(job, statistics, _ranges(job, statistics))
     leave: dict[str, str] = {}
     costs: tuple[LayerCost, ...] = ()
     best: Attempt | None = None
@@ -197,6 +197,19 @@ def _auto_samples(statistics: Statistics, sample: Sequence[Batch]) -> int:
     elements = sum(tensor.count for tensor in statistics.tensors.values()) / max(statistics.batches, 1)
     per_sample = elements / (sum(map(rows, sample)) / max(len(sample), 1) or 1)
     return min(max(_AUTO_SAMPLES, int(_AUTO_ELEMENTS / max(per_sample, 1))), _MOST_AUTO_SAMPLES)
+
+
+def _as_ruled(job: Job, statistics: Statistics, ranges: dict[str, Range]) -> dict[str, Range]:
+    """The ranges with those of other calibrators where a rule names one for a layer that reads the tensor."""
+    placement, usual = place(job.prepared, job.recipe, job.target), job.recipe.activations
+    for layer in placement.layers:
+        dtype = layer.settings.activation or usual.dtype
+        calibrator = layer.settings.calibrator
+        values = [operand.value for operand in layer.operands if operand.channel_axis is None]
+        if calibrator is not None and not isinstance(dtype, msgspec.UnsetType):
+            own = [value for value in values if value not in placement.probabilities]
+            ranges = {**ranges, **calibrated(own, statistics, calibrator, dtype, symmetric=job.target.symmetric)}
+    return ranges
 
 
 def _few_samples(model: ir.Model, batches: Sequence[Batch], count: int) -> Batch:

@@ -31,7 +31,8 @@ from qonnx.passes.prepare import prepare
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
-from qonnx.recipe import RECIPES, Recipe, load_recipe, minimum_opset, resolve
+from qonnx.recipe import RECIPES, Recipe, calibrators, load_recipe, minimum_opset, resolve
+from qonnx.rules import unmatched
 from qonnx.runtime import input_specs
 from qonnx.sensitivity import LayerCost
 from qonnx.statistics import Statistics
@@ -192,10 +193,11 @@ def quantize(
         sample: list[Batch] = []
         stream = _keeping(held, sample)
         draft = place(prepared, chosen, consumer)
+        lost = unmatched(prepared.graph, chosen) if given is None else ()
         if statistics is not None:
             measured = _fitting(statistics, candidates(draft), mark)
         elif given is None and calibrated:
-            needed = not isinstance(chosen.activations.calibrator, EXTREMES)
+            needed = any(not isinstance(calibrator, EXTREMES) for calibrator in calibrators(chosen))
             counted = [value for value in candidates(draft) if needed and value not in draft.probabilities]
             expected = expected_rows(data, input_specs(prepared), max_batches)
             total = None if expected is None else HoldOut.passes(expected)
@@ -224,7 +226,7 @@ def quantize(
         lookup_bytes=_lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
         notes=notes,
-        warnings=_warnings(attempt, comparison, held, chosen, calibrated),
+        warnings=(*lost, *_warnings(attempt, comparison, held, chosen, calibrated)),
         costs=attempt.costs,
     )
 

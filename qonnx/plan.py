@@ -173,13 +173,13 @@ def make_plan(
         target: the consumer of the quantized graph.
         leave: node names of layers to leave in float, each with the reason.
     """
-    grid = _Grid(_dtype(recipe), target.symmetric)
     draft = place(model, recipe, target, leave)
     known = {**ranges, **{value: Range(0.0, 1.0, "softmax") for value in draft.probabilities}}
     if recipe.format.calibrated:
-        unfit = _unfit(draft, statistics, known, recipe, grid)
+        unfit = _unfit(draft, statistics, known, recipe, _grids(draft, recipe, target))
         placement = place(model, recipe, target, {**unfit, **(leave or {})})
-        activations = _activation_plans(model.graph, placement, statistics, known, grid)
+        grids = _grids(placement, recipe, target)
+        activations = _activation_plans(model.graph, placement, statistics, known, grids)
     else:
         placement = draft
         activations = tuple(_run_time_activations(model.graph, placement, recipe))
@@ -217,8 +217,24 @@ def _dtype(recipe: Recipe) -> Dtype:
     return Dtype.INT8 if isinstance(dtype, msgspec.UnsetType) else dtype
 
 
+def _grids(placement: Placement, recipe: Recipe, target: Target) -> dict[str, _Grid]:
+    """The grid of every activation: the finest that a rule wants for it, or for one that shares its scale."""
+    usual = _dtype(recipe)
+    wanted: dict[str, Dtype] = {}
+    operands = [(layer, operand) for layer in placement.layers for operand in layer.operands]
+    for layer, operand in operands:
+        dtype, group = layer.settings.activation or usual, placement.ties.get(operand.value, operand.value)
+        wanted[group] = max(wanted.get(group, dtype), dtype, key=lambda kind: kind.bits)
+    names = [*placement.activations, *(operand.value for _, operand in operands)]
+    return {name: _Grid(wanted.get(placement.ties.get(name, name), usual), target.symmetric) for name in names}
+
+
 def _unfit(
-    draft: Placement, statistics: Statistics, ranges: Mapping[str, Range], recipe: Recipe, grid: _Grid
+    draft: Placement,
+    statistics: Statistics,
+    ranges: Mapping[str, Range],
+    recipe: Recipe,
+    grids: Mapping[str, _Grid],
 ) -> dict[str, str]:
     """Layers that no scale can save: an operand was never observed, is not finite, or would mostly be rounded away."""
     reasons = {}
@@ -227,7 +243,7 @@ def _unfit(
             continue
         for operand in layer.operands:
             if operand.channel_axis is None:
-                reason = _unfit_activation(operand.value, statistics, ranges, recipe, grid)
+                reason = _unfit_activation(operand.value, statistics, ranges, recipe, grids[operand.value])
                 if reason:
                     reasons[layer.node] = reason
                     break
@@ -267,7 +283,7 @@ def _activation_plans(
     placement: Placement,
     statistics: Statistics,
     ranges: Mapping[str, Range],
-    grid: _Grid,
+    grids: Mapping[str, _Grid],
 ) -> tuple[TensorPlan, ...]:
     tied: dict[str, list[Range]] = {}
     for value in placement.activations:
@@ -278,7 +294,7 @@ def _activation_plans(
     for value, edges in placement.activations.items():
         if value not in ranges:
             continue
-        group = tied[placement.ties[value]]
+        group, grid = tied[placement.ties[value]], grids[value]
         low, high = min(entry.low for entry in group), max(entry.high for entry in group)
         scale, zero_point = grid.scale(low, high)
         observed = statistics.tensors.get(value)

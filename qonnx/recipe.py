@@ -13,6 +13,7 @@ import msgspec
 from qonnx.calibrators import Auto, Average, Calibrator, MinMax
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Dtype, PerTensor
+from qonnx.roles import Role
 from qonnx.targets import Target, check_types
 
 
@@ -90,19 +91,61 @@ class Activations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calibrator: Calibrator | Auto = Auto()
 
 
-class Match(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which nodes a rule is about: every pattern given must match. Patterns are globs (`encoder.layer.0.*`)."""
+class Match(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Which nodes a rule is about: everything given must match. Patterns are globs (`encoder.layer.0.*`).
+
+    Attributes:
+        op: of the operator, such as `Conv`.
+        path: of the module that made the node.
+        name: of the node.
+        value: of a value that the node reads or writes, such as the name of a weight.
+        role: the part that the node plays.
+    """
 
     op: str = "*"
     path: str = "*"
     name: str = "*"
+    value: str = "*"
+    role: Role | msgspec.UnsetType = msgspec.UNSET
 
 
-class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An exception for some nodes; of two rules about the same node the later one wins."""
+class WeightChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a rule changes about weights."""
+
+    dtype: Dtype | msgspec.UnsetType = msgspec.UNSET
+    granularity: PerChannel | PerTensor | PerBlock | msgspec.UnsetType = msgspec.UNSET
+    clip: Clip | msgspec.UnsetType = msgspec.UNSET
+
+
+class ActivationChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a rule changes about the activations that a node reads."""
+
+    dtype: Dtype | msgspec.UnsetType = msgspec.UNSET
+    calibrator: Calibrator | msgspec.UnsetType = msgspec.UNSET
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """An exception for some nodes; of two rules that say something about the same node the later one wins.
+
+    Attributes:
+        match: the nodes.
+        skip: whether they stay in float.
+        weights: what is different about their weights.
+        activations: what is different about their activations.
+        optional: whether nothing is said when no node matches.
+    """
 
     match: Match
-    skip: bool
+    skip: bool | msgspec.UnsetType = msgspec.UNSET
+    weights: WeightChange = WeightChange()
+    activations: ActivationChange = ActivationChange()
+    optional: bool = False
+
+
+def changed(weights: Weights, change: WeightChange) -> Weights:
+    """The weights of a recipe as a rule changes them."""
+    given = {name: value for name in change.__struct_fields__ if (value := getattr(change, name)) is not msgspec.UNSET}
+    return msgspec.structs.replace(weights, **given)
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -135,6 +178,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[Rule, ...] = ()
 
 
+_EIGHT = WeightChange(Dtype.INT8, PerChannel(), Clip.NONE)
+# What 4 bits hurt most and gain least: filters have few weights, and so has each word.
+_IN_8_BITS = (
+    Rule(Match(op="Conv*"), weights=_EIGHT, optional=True),
+    Rule(Match(role=Role.EMBEDDING), weights=_EIGHT, optional=True),
+    Rule(Match(role=Role.LM_HEAD), weights=_EIGHT, optional=True),
+)
+
 RECIPES: tuple[Recipe, ...] = (
     Recipe(name="int8"),
     Recipe(name="int8-minmax", activations=Activations(calibrator=MinMax())),
@@ -148,13 +199,13 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(name="int8-dynamic", format=Format.DYNAMIC, attention=False),
     Recipe(name="int8-per-token", format=Format.PER_TOKEN, attention=False),
     Recipe(name="w8", format=Format.WEIGHT_ONLY),
-    Recipe(name="w4", format=Format.WEIGHT_ONLY, weights=Weights(Dtype.INT4, PerBlock(128), Clip.MSE)),
-    Recipe(name="w4-block32", format=Format.WEIGHT_ONLY, weights=Weights(Dtype.INT4, PerBlock(32), Clip.MSE)),
-    Recipe(
-        name="w4-nbits",
-        format=Format.WEIGHT_ONLY,
-        weights=Weights(Dtype.INT4, PerBlock(32), Clip.MSE),
-        operators=Operators.MICROSOFT,
+    *(
+        Recipe(name=name, format=Format.WEIGHT_ONLY, weights=weights, operators=operators, rules=_IN_8_BITS)
+        for name, weights, operators in (
+            ("w4", Weights(Dtype.INT4, PerBlock(128), Clip.MSE), Operators.ONNX),
+            ("w4-block32", Weights(Dtype.INT4, PerBlock(32), Clip.MSE), Operators.ONNX),
+            ("w4-nbits", Weights(Dtype.INT4, PerBlock(32), Clip.MSE), Operators.MICROSOFT),
+        )
     ),
 )
 
@@ -186,9 +237,28 @@ def resolve(recipe: Recipe, target: Target) -> Recipe:
         TargetError: the target cannot run what the recipe asks for.
     """
     dtype = _activation_dtype(recipe, target)
+    resolved = msgspec.structs.replace(recipe, activations=msgspec.structs.replace(recipe.activations, dtype=dtype))
+    _check(resolved, target)
+    for number, rule in enumerate(recipe.rules, start=1):
+        try:
+            _check(_as_ruled(resolved, rule), target)
+        except TargetError as error:
+            raise TargetError(f"rule {number}: {error}") from error
+    return resolved
+
+
+def _as_ruled(recipe: Recipe, rule: Rule) -> Recipe:
+    """The recipe as if the rule were about all nodes."""
+    dtype = recipe.activations.dtype if rule.activations.dtype is msgspec.UNSET else rule.activations.dtype
+    activations = msgspec.structs.replace(recipe.activations, dtype=dtype)
+    return msgspec.structs.replace(recipe, weights=changed(recipe.weights, rule.weights), activations=activations)
+
+
+def _check(recipe: Recipe, target: Target) -> None:
+    dtype = recipe.activations.dtype
     _check_format(recipe, target)
+    assert dtype is not msgspec.UNSET
     check_types(target, None if recipe.format is Format.WEIGHT_ONLY else dtype, recipe.weights.dtype)
-    return msgspec.structs.replace(recipe, activations=msgspec.structs.replace(recipe.activations, dtype=dtype))
 
 
 def _activation_dtype(recipe: Recipe, target: Target) -> Dtype:
@@ -226,11 +296,21 @@ def _check_format(recipe: Recipe, target: Target) -> None:
             "blocked weights do not multiply with quantized activations; use granularity per_channel, or format "
             "weight_only"
         )
+    if recipe.format is Format.QOPERATOR:
+        for dtype in (recipe.activations.dtype, recipe.weights.dtype):
+            if dtype is not msgspec.UNSET and dtype.bits > 8:
+                raise TargetError(f"integer operators take 8 bits, not {dtype}; use int8 or uint8, or format qdq")
     fixed = {Format.DYNAMIC: Dtype.UINT8, Format.PER_TOKEN: Dtype.INT8}.get(recipe.format)
     if fixed is not None and recipe.activations.dtype not in (msgspec.UNSET, fixed):
         raise TargetError(
             f"format {recipe.format} makes {fixed} activations, not {recipe.activations.dtype}; leave the type out"
         )
+
+
+def calibrators(recipe: Recipe) -> list[Calibrator | Auto]:
+    """Every calibrator that the recipe uses for some activation."""
+    named = [rule.activations.calibrator for rule in recipe.rules]
+    return [recipe.activations.calibrator, *(each for each in named if each is not msgspec.UNSET)]
 
 
 def minimum_opset(recipe: Recipe) -> int:
@@ -239,11 +319,12 @@ def minimum_opset(recipe: Recipe) -> int:
     >>> minimum_opset(Recipe()), minimum_opset(load_recipe("fp8"))
     (13, 19)
     """
-    weights, dtype = recipe.weights, recipe.activations.dtype
-    needed = [13, weights.dtype.opset, 21 if isinstance(weights.granularity, PerBlock) else 10]
     if not recipe.format.calibrated:
         return 13  # nothing is simulated, and what is written raises the opset itself
-    return max(needed) if dtype is msgspec.UNSET else max(*needed, dtype.opset)
+    variants = [recipe, *(_as_ruled(recipe, rule) for rule in recipe.rules)]
+    dtypes = [dtype for each in variants for dtype in (each.weights.dtype, each.activations.dtype)]
+    blocked = any(isinstance(each.weights.granularity, PerBlock) for each in variants)
+    return max(13, 21 if blocked else 13, *(dtype.opset for dtype in dtypes if dtype is not msgspec.UNSET))
 
 
 def to_yaml(recipe: Recipe) -> str:

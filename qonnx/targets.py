@@ -77,10 +77,10 @@ TARGETS: tuple[Target, ...] = (
     _tensorrt("orin", "Jetson AGX Orin"),
     Target(
         name="ort-cpu",
-        description="ONNX Runtime's CPU kernels: UINT8 activations with zero point, INT8 weights",
+        description="ONNX Runtime's CPU kernels: UINT8 activations with zero point, INT8 weights; 16 bits in float",
         device=None,
-        activations=(Dtype.UINT8, Dtype.INT8),
-        weights=(Dtype.INT8, Dtype.UINT8),
+        activations=(Dtype.UINT8, Dtype.INT8, Dtype.UINT16, Dtype.INT16),
+        weights=(Dtype.INT8, Dtype.UINT8, Dtype.INT16, Dtype.UINT16),
         weight_only=(Dtype.INT4, *(dtype for dtype in Dtype if dtype is not Dtype.INT4)),
         symmetric=False,
         quantize_outputs=True,

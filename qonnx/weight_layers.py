@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from qonnx.graph import is_float, is_initializer, module_path, rank
+from qonnx.graph import is_float, is_initializer, module_path
 from qonnx.layers import Edge, Layer, Operand, is_gpu, why_no_weight
 from qonnx.linear import LINEAR_OPS, Linear, linear_of
 from qonnx.recipe import PerBlock, Weights
+from qonnx.roles import is_table
 from qonnx.rules import Settings
 from qonnx.targets import Target
 
@@ -46,7 +47,7 @@ def _weights(graph: ir.Graph, settings: Mapping[str, Settings], target: Target) 
             operand = Operand(Edge(reader.name or "", index), weight.name or "", linear.output_axis, linear.input_axis)
             reason = chosen.reason or _unfit(linear, chosen.weights, target)
             yield _layer(node, (operand,), linear.output, chosen, reason)
-        elif _is_table(node):
+        elif is_table(node):
             table = node.inputs[0]
             assert table is not None
             operand = Operand(Edge(node.name or "", 0), table.name or "", 0, 1)
@@ -56,13 +57,6 @@ def _weights(graph: ir.Graph, settings: Mapping[str, Settings], target: Target) 
 
 def _layer(node: ir.Node, operands: tuple[Operand, ...], output: ir.Value, chosen: Settings, reason: str) -> Layer:
     return Layer(node.name or "", node.op_type, module_path(node), operands, output.name or "", reason, chosen)
-
-
-def _is_table(node: ir.Node) -> bool:
-    """Whether rows of a matrix are looked up."""
-    table = node.inputs[0] if node.op_type == "Gather" else None
-    first_axis = node.attributes.get_int("axis", 0) == 0
-    return is_initializer(table) and is_float(table) and rank(table) == 2 and first_axis
 
 
 def _why_not(node: ir.Node) -> str:

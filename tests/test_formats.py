@@ -106,7 +106,7 @@ def test_what_each_plan_holds(tmp_path: Path) -> None:
         "t": PerAxis(0), "w": PerAxis(1), "w2": PerAxis(1), "w3": PerAxis(1),
     }  # fmt: skip
     assert {t.value: t.granularity for t in w4.weights} == {
-        "t": Blocked(1, 32), "w": Blocked(0, 32), "w2": Blocked(0, 32), "w3": Blocked(0, 32),
+        "t": PerAxis(0), "w": Blocked(0, 32), "w2": Blocked(0, 32), "w3": Blocked(0, 32),
     }  # fmt: skip
 
 
