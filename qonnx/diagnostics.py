@@ -1,20 +1,25 @@
 """Whether calibration can be trusted: what its ranges cut off, what held-back data exceed, what too few data hide.
 
-Every function takes what was measured and returns findings; none decides anything.
+Every function takes what was measured and returns findings; none decides anything. `diagnose` puts them together; it
+runs the float model once over the held-back batches.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
-from qonnx.calibrators import Calibrator, Entropy, MinMax, Percentile
+from qonnx.calibrators import Auto, Calibrator, Entropy, MinMax, Percentile
+from qonnx.channel_maxima import channel_maxima
 from qonnx.errors import DataError
 from qonnx.numerics import Dtype
+from qonnx.plan import QuantPlan
 from qonnx.ranges import Range, calibrated
 from qonnx.sketch import Cells
 from qonnx.statistics import Statistics
@@ -75,6 +80,34 @@ class Excess(msgspec.Struct, frozen=True):
         return self.held_out / self.calibrated if self.calibrated else math.inf
 
 
+class Outliers(msgspec.Struct, frozen=True):
+    """The outlier channels of one tensor, on held-back data.
+
+    Attributes:
+        value: the tensor.
+        consistency: whether they stay where they are.
+    """
+
+    value: str
+    consistency: Consistency
+
+
+class Diagnostics(msgspec.Struct, frozen=True):
+    """What is to be said about calibration.
+
+    Attributes:
+        warnings: what speaks against relying on the ranges, a line each.
+        saturations: what the chosen range of each activation cuts off, the worst first.
+        excesses: activations that are larger on held-back data by more than 20 %, the worst first.
+        outliers: inputs of layers that have outlier channels on held-back data, the least consistent first.
+    """
+
+    warnings: tuple[str, ...] = ()
+    saturations: tuple[Saturation, ...] = ()
+    excesses: tuple[Excess, ...] = ()
+    outliers: tuple[Outliers, ...] = ()
+
+
 class Consistency(msgspec.Struct, frozen=True):
     """Whether the outliers of a tensor stay in the same channels from sample to sample.
 
@@ -121,21 +154,65 @@ def _mirrored(cells: Cells) -> Cells:
     return Cells(-cells.high[::-1], -cells.low[::-1], cells.counts[::-1])
 
 
-def excesses(statistics: Statistics, held_out: Statistics, factor: float = EXCESS) -> tuple[Excess, ...]:
+def diagnose(
+    model: ir.Model,
+    plan: QuantPlan,
+    statistics: Statistics,
+    held_out: Iterable[Mapping[str, npt.NDArray[Any]]],
+    calibrator: Calibrator | Auto,
+    *,
+    symmetric: bool,
+) -> Diagnostics:
+    """What the ranges of a plan cut off, and what batches that calibration did not see say about them.
+
+    Args:
+        model: the prepared float model that the plan was made for; it is not changed.
+        plan: whose ranges are judged.
+        statistics: that they were made from.
+        held_out: batches; the model is run over them once, which is all that this costs.
+        calibrator: that made the ranges.
+        symmetric: whether 0 is in the middle of the grid.
+    """
+    if not plan.activations:
+        return Diagnostics()
+    chosen = {tensor.value: Range(tensor.low, tensor.high, tensor.source) for tensor in plan.activations}
+    layers = {layer.node: layer.op for layer in plan.quantized_layers}
+    axes: dict[str, int | None] = {}
+    for tensor in plan.activations:
+        readers = {layers[edge.node] for edge in tensor.edges if edge.node in layers}
+        axes[tensor.value] = None if not readers else 1 if readers & {"Conv", "ConvTranspose"} else -1
+    maxima = channel_maxima(model, axes, held_out)
+    outliers = [Outliers(value, outlier_consistency(x)) for value, x in maxima.items() if _comparable(x)]
+    counted = [value for value in chosen if value in statistics.tensors and chosen[value].source != "softmax"]
+    dtype = plan.activations[0].dtype
+    return Diagnostics(
+        warnings=warnings(counted, statistics, calibrator, dtype, symmetric=symmetric),
+        saturations=saturations(statistics, chosen),
+        excesses=excesses(statistics, {value: float(x.max()) for value, x in maxima.items() if x.size}),
+        outliers=tuple(sorted((o for o in outliers if o.consistency.outliers), key=lambda o: o.consistency.jaccard)),
+    )
+
+
+def _comparable(maxima: Floats) -> bool:
+    return maxima.shape[0] > 1 and maxima.shape[1] > 1 and bool(np.isfinite(maxima).all())
+
+
+def excesses(statistics: Statistics, held_out: Mapping[str, float], factor: float = EXCESS) -> tuple[Excess, ...]:
     """The tensors whose magnitude on other data exceeds the calibrated one by more than a factor, the worst first.
 
     Args:
         statistics: of calibration.
-        held_out: of data that calibration did not see; tensors that are in one of the two only are left out.
+        held_out: the largest magnitudes on data that calibration did not see; tensors that are in one of the two only,
+            or not finite in one, are left out.
         factor: 1.2 is 20 % more.
     """
     found = []
     for value, tensor in statistics.tensors.items():
-        other = held_out.tensors.get(value)
-        if other is None or not (tensor.count and tensor.finite and other.count and other.finite):
+        other = held_out.get(value, math.nan)
+        if not (tensor.count and tensor.finite and math.isfinite(other)):
             continue
-        if other.absolute_maximum > factor * tensor.absolute_maximum:
-            found.append(Excess(value, tensor.absolute_maximum, other.absolute_maximum))
+        if other > factor * tensor.absolute_maximum:
+            found.append(Excess(value, tensor.absolute_maximum, other))
     return tuple(sorted(found, key=lambda excess: -excess.ratio))
 
 
@@ -215,9 +292,9 @@ def channel_excess(calibrated: npt.ArrayLike, held_out: npt.ArrayLike) -> float:
 
 
 def warnings(
-    values: Iterable[str], statistics: Statistics, calibrator: Calibrator, dtype: Dtype, *, symmetric: bool
+    values: Iterable[str], statistics: Statistics, calibrator: Calibrator | Auto, dtype: Dtype, *, symmetric: bool
 ) -> tuple[str, ...]:
-    """What speaks against relying on the ranges of one calibrator, a line each.
+    """What speaks against relying on the ranges of one calibrator, a line each; of `auto`, that data are few.
 
     * fewer than 32 samples were seen;
     * the calibrator gives the range of min-max for every tensor, although it is one that clips;
@@ -234,7 +311,7 @@ def warnings(
     found = []
     if statistics.samples < FEW_SAMPLES:
         found.append(f"calibrated on {statistics.samples} samples: too few to tell; give {FEW_SAMPLES} or more")
-    if isinstance(calibrator, MinMax) or not (values := list(values)):
+    if isinstance(calibrator, MinMax | Auto) or not (values := list(values)):
         return tuple(found)
     ranges = calibrated(values, statistics, calibrator, dtype, symmetric=symmetric)
     extremes = calibrated(values, statistics, MinMax(), dtype, symmetric=symmetric)

@@ -23,6 +23,7 @@ from qonnx.attempts import Attempt, Job, best_attempt, only_attempt, write
 from qonnx.calibrators import EXTREMES
 from qonnx.comparison import NOTHING_COMPARED, Comparison, compare
 from qonnx.data import HoldOut, batches, expected_rows
+from qonnx.diagnostics import Diagnostics, diagnose
 from qonnx.errors import DataError, ModelError, OutputError, TargetError
 from qonnx.fingerprint import fingerprint
 from qonnx.graph import all_graphs, is_float, load, parameters, publish, staging
@@ -74,6 +75,7 @@ class Result(msgspec.Struct, frozen=True):
         warnings: what the user should know before using the file.
         costs: where the first attempt missed the recipe's goal, what each quantized layer alone did to the outputs,
             the worst first.
+        diagnostics: what is to be said about calibration; empty where there was none, or a plan was given.
     """
 
     output: str
@@ -87,6 +89,7 @@ class Result(msgspec.Struct, frozen=True):
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     costs: tuple[LayerCost, ...] = ()
+    diagnostics: Diagnostics = Diagnostics()
 
 
 def calibrate(
@@ -214,6 +217,10 @@ def quantize(
         else:
             attempt = best_attempt(job, measured) if calibrated else only_attempt(job)
         comparison = compare(model, file, judged) if judged else NOTHING_COMPARED
+        diagnostics = Diagnostics()
+        if given is None and calibrated:
+            calibrator, symmetric = chosen.activations.calibrator, consumer.symmetric
+            diagnostics = diagnose(prepared, attempt.plan, measured, held.kept, calibrator, symmetric=symmetric)
         clock.lap("plan, insert and compare")
         publish(folder, output.parent)
     return Result(
@@ -228,6 +235,7 @@ def quantize(
         notes=notes,
         warnings=(*lost, *_warnings(attempt, comparison, held, chosen, calibrated)),
         costs=attempt.costs,
+        diagnostics=diagnostics,
     )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from qonnx.comparison import Comparison, Difference
+    from qonnx.diagnostics import Diagnostics
     from qonnx.engine import EngineLayer, EngineReport
     from qonnx.engine.inspection import NodeInspection
     from qonnx.pipeline import Result
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
 
 # How many layers a list names before it only counts the rest.
 _ROWS = 12
+
+# How many tensors the terminal names for each finding about calibration.
+_WORST = 3
+
+# From which share of elements beyond a range on it is worth a line, and up to which consistency outliers are.
+_CUT_OFF = 0.005
+_CONSISTENT = 0.5
 
 _GOOD, _BAD, _TITLE = "bold green", "bold yellow", "bold"
 
@@ -60,7 +68,33 @@ def result_tables(result: Result) -> list[Text]:
         lines += [Text(), *_differences(result.comparison.outputs)]
     if result.costs and result.warnings:
         lines += [Text(), *_costs(result.costs)]
-    return lines + _left_in_float(plan)
+    return lines + _calibration(result.diagnostics) + _left_in_float(plan)
+
+
+def _calibration(found: Diagnostics) -> list[Text]:
+    """The worst few of what is worth knowing; --json holds everything."""
+    cut = [s for s in found.saturations if s.share >= _CUT_OFF]
+    wander = [o for o in found.outliers if o.consistency.jaccard < _CONSISTENT]
+    stay = [o for o in found.outliers if o.consistency.jaccard >= _CONSISTENT and o.consistency.constant]
+    rows = [
+        *_worst("larger on held-back data", [(f"{e.ratio:.2f} x", e.value) for e in found.excesses]),
+        *_worst("elements beyond the range", [(_percent(s.share), s.value) for s in cut]),
+        *_worst("outliers change channels", [(f"{o.consistency.outliers:.1f} a sample", o.value) for o in wander]),
+        *_worst(
+            "outliers keep their channels", [(count(len(o.consistency.constant), "channel"), o.value) for o in stay]
+        ),
+    ]
+    if not rows and not found.warnings:
+        return []
+    title = [Text(), Text("calibration", _TITLE)]
+    return [*title, *(Text(f"  note: {warning}") for warning in found.warnings), *_rows(rows, right=0)]
+
+
+def _worst(what: str, found: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
+    for number, (figure, name) in enumerate(found[:_WORST]):
+        yield f"  {what}" if not number else "", figure, name
+    if len(found) > _WORST:
+        yield "", "", f"... and {len(found) - _WORST} more"
 
 
 def _layers(plan: QuantPlan) -> str:

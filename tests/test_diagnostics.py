@@ -1,5 +1,7 @@
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qonnx
 from qonnx import diagnostics
 from qonnx.calibrators import MSE, Average, Calibrator, Entropy, MinMax, Percentile
 from qonnx.diagnostics import channel_excess, excesses, outlier_consistency, saturations
@@ -15,6 +18,8 @@ from qonnx.numerics import Dtype
 from qonnx.ranges import Range
 from qonnx.sketch import sketch
 from qonnx.statistics import Statistics, TensorStatistics
+from qonnx.tables import result_tables
+from tests.graphs import model_of
 
 
 def tensor(x: Any, distribution: bool = True) -> TensorStatistics:
@@ -66,7 +71,7 @@ def test_saturations_are_sorted_and_leave_out_what_cannot_be_told() -> None:
 
 def test_excesses() -> None:
     before = statistics(same=[1], little=[1, -1], more=[1], much=[1, -2], zero=[0], nan=[1], gone=[1])
-    after = statistics(same=[1], little=[-1.19], more=[1.3], much=[-4], zero=[1], nan=[np.nan], new=[9])
+    after = {"same": 1, "little": 1.19, "more": 1.3, "much": 4, "zero": 1, "nan": 1, "gone": math.nan, "new": 9}
     found = [(entry.value, entry.ratio) for entry in excesses(before, after)]
     assert found == [("zero", math.inf), ("much", 2.0), ("more", pytest.approx(1.3))]
     assert [entry.value for entry in excesses(before, after, factor=1.5)] == ["zero", "much"]
@@ -161,3 +166,33 @@ def test_many_equal_largest_elements_are_no_chance() -> None:
 def test_nothing_to_judge() -> None:
     assert warned(Entropy()) == ()
     assert warned(Entropy(), x=[np.nan], y=[]) == ()
+
+
+def test_what_is_said_about_a_quantized_model(tmp_path: Path) -> None:
+    """Channel 3 is an outlier in every sample; held-back batches are twice as large; percentile 60 cuts 40 % off."""
+    text = (
+        "g (float[n,64] x, float[64,64] w, float[64,64] w2) => (float[n,64] y) "
+        "{ [fc1] a = MatMul(x, w) r = Relu(a) [fc2] y = MatMul(r, w2) }"
+    )
+    model = model_of(text, weights="w w2", scale=0.2)
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.standard_normal((16, 64)).astype(np.float32)} for _ in range(16)]
+    for number, batch in enumerate(data):
+        batch["x"][:, 3] = 80
+        batch["x"] *= 1 + (number % 4 == 1)  # those that are held back
+    line = "activations.calibrator={kind: percentile, percentile: 60}"
+    result = qonnx.quantize(model, data, tmp_path / "q.onnx", settings=[line, "minimum_sqnr_db=-99", "goal_sqnr_db=0"])
+    found = result.diagnostics
+    assert {excess.value for excess in found.excesses} == {"x", "r"}
+    assert found.excesses[0].ratio == pytest.approx(2, rel=0.3)
+    assert {s.value: s.share for s in found.saturations}["x"] == pytest.approx(0.4, abs=0.02)
+    (outliers,) = (o for o in found.outliers if o.value == "x")
+    assert outliers.consistency.constant == (3,)
+    assert not found.warnings
+    lines = "\n".join(map(str, result_tables(result)))
+    assert re.search(r"elements beyond the range +(39|40|41)% +[xr]\n", lines)
+    assert re.search(r"outliers keep their channels.*\n? +1 channel +x\n", lines)
+    assert re.search(r"larger on held-back data +2\.\d\d x", lines)
+    few = qonnx.quantize(model, data[:2], tmp_path / "q.onnx", settings=["goal_sqnr_db=0"])
+    assert few.diagnostics.warnings == ("calibrated on 16 samples: too few to tell; give 32 or more",)
+    assert "note: calibrated on 16 samples" in "\n".join(map(str, result_tables(few)))
