@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qonnx.engine import build_engine
     from qonnx.errors import QonnxError
     from qonnx.exporter import export
+    from qonnx.inspector import inspect
     from qonnx.linter import lint
     from qonnx.pipeline import Result, calibrate, quantize
     from qonnx.plan import QuantPlan
@@ -30,6 +31,7 @@ _HOMES = {
     "calibrate": "qonnx.pipeline",
     "compare": "qonnx.comparison",
     "export": "qonnx.exporter",
+    "inspect": "qonnx.inspector",
     "lint": "qonnx.linter",
     "quantize": "qonnx.pipeline",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "calibrate",
     "compare",
     "export",
+    "inspect",
     "lint",
     "quantize",
 ]

@@ -483,6 +483,37 @@ def lint(
 
 
 @app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A float or quantized graph of any tool.")],
+    target: TargetName = "a800",
+    layers: Annotated[bool, typer.Option("--layers", help="Show each layer in a row of its own.")] = False,
+    plan: Annotated[
+        Path | None, typer.Option("--save-plan", metavar="PLAN.json", help="Write the plan that the Q/DQ nodes follow.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a graph holds, and how each layer is quantized."""
+    from qonnx import inspector
+    from qonnx.graph import load
+    from qonnx.inspector.table import inspection_tables
+
+    loaded = load(model)
+    found = inspector.inspect(loaded, target=target)
+    if plan is not None:
+        inspector.read_back(loaded, target=target).plan.save(plan)
+    if json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in inspection_tables(found, layers):
+        console.print(part)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only this one.", show_default=False)] = None,
 ) -> None:

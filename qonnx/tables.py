@@ -146,7 +146,7 @@ def engine_tables(report: EngineReport, layers: bool = False) -> list[Text]:
     lines += _warnings(report.warnings)
     capability = ".".join(str(part) for part in report.compute_capability)
     facts = [
-        ("size", _bytes(report.bytes)),
+        ("size", size_text(report.bytes)),
         ("made for", f"compute capability {capability}"),
         ("made by", f"{report.compiler} in {report.seconds:.1f} s"),
         *(("shapes", f"{name} {' '.join(map(_shape, shapes))}") for name, shapes in report.profiles.items()),
@@ -340,13 +340,13 @@ def _without_lookups(result: Result) -> str:
 
 
 def _share(after: int, before: int) -> str:
-    return f"{_bytes(before)} -> {_bytes(after)} ({_percent(after / max(before, 1))})"
+    return f"{size_text(before)} -> {size_text(after)} ({_percent(after / max(before, 1))})"
 
 
-def _bytes(size: int) -> str:
+def size_text(size: int) -> str:
     """A size that keeps two digits or more.
 
-    >>> _bytes(999), _bytes(59_879), _bytes(90_265_600)
+    >>> size_text(999), size_text(59_879), size_text(90_265_600)
     ('999 B', '59.9 kB', '90.3 MB')
     """
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
