@@ -890,7 +890,7 @@ def test_a_command_under_nohup_goes_on_when_the_terminal_is_closed(folder: Path)
 
 # --- help -----------------------------------------------------------------------------------------------------------
 
-COMMANDS = ["export", "calibrate", "quantize", "compare", "engine", "roofline", "lint", "recipes", "view"]
+COMMANDS = ["export", "calibrate", "quantize", "compare", "engine", "roofline", "lint", "inspect", "recipes", "view"]
 
 
 def test_help_lists_the_commands_in_whole_sentences(qonnx_: Qonnx) -> None:
@@ -927,3 +927,17 @@ def test_help_imports_nothing_heavy(folder: Path) -> None:
     before = f"import atexit, sys; atexit.register(lambda: print(sorted({heavy} & set(sys.modules))))"
     done = subprocess_of("quantize --help", folder, before)
     assert done.out.splitlines()[-1] == "[]"
+
+
+def test_inspect_shows_a_graph_and_writes_its_plan(qonnx_: Qonnx, folder: Path) -> None:
+    done = qonnx_("inspect quantized.onnx --save-plan read.json")
+    assert done.code == 0
+    assert "2 of 2 layers are quantized" in done.out
+    assert (
+        QuantPlan.load(folder / "read.json").quantized_layers == QuantPlan.load(folder / "plan.json").quantized_layers
+    )
+    report = json.loads(qonnx_("inspect model.onnx --json").out)
+    assert [layer["quantized"] for layer in report["layers"]] == [False, False]
+    refused = qonnx_("inspect nothing.onnx")
+    assert refused.code == 2
+    assert len(refused.err.splitlines()) == 1
