@@ -35,10 +35,12 @@ class OutlierSuppression(
     Attributes:
         shift: whether channels are moved to the middle of their range, where that is possible.
         percentile: of the elements of a channel, how many count for its centre; 100 for all.
+        nodes: whether a group may cost a Mul and an Add at run time.
     """
 
     shift: bool = True
     percentile: float = 100.0
+    nodes: bool = True
 
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:

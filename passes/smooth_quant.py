@@ -44,9 +44,11 @@ class SmoothQuant(msgspec.Struct, frozen=True, tag_field="kind", tag="smoothquan
 
     Attributes:
         alpha: between 0 and 1, or `auto`. Common values are 0.5, and 0.75 to 0.9 for models with many outliers.
+        nodes: whether a group may cost a Mul at run time.
     """
 
     alpha: float | Alpha = Alpha.AUTO
+    nodes: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, Alpha) and not 0 <= self.alpha <= 1:

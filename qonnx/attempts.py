@@ -25,7 +25,7 @@ from qonnx.graph import FLOAT_REASON, first_line, parameters, save
 from qonnx.numerics import Dtype
 from qonnx.passes.drop_bounds import DropBounds
 from qonnx.placement import candidates, place
-from qonnx.plan import QuantPlan, make_plan
+from qonnx.plan import QuantPlan, SmoothPlan, make_plan
 from qonnx.ranges import Range, calibrated
 from qonnx.rebatch import Batch, has_batch_axis, rows, together
 from qonnx.recipe import Recipe
@@ -66,6 +66,7 @@ class Job:
             a plan that was given.
         digest: of the calibration data, or "".
         file: where the quantized model is written.
+        smoothing: what was done to the prepared model before.
     """
 
     model: ModelSource
@@ -76,6 +77,7 @@ class Job:
     choose: Sequence[Batch]
     digest: str
     file: Path
+    smoothing: tuple[SmoothPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
     best: Attempt | None = None
     while True:
         plan = make_plan(job.prepared, statistics, ranges, job.recipe, job.target, leave)
+        plan = msgspec.structs.replace(plan, smoothing=job.smoothing)
         if job.recipe.correct_biases:
             plan = correct_biases(job.prepared, plan, job.sample)
         latest = write(job, plan)

@@ -306,14 +306,16 @@ def _consumer(node: ir.Node, read: Mapping[int, Channels], layers: Mapping[ir.No
 
 
 def _input_axis(linear: Linear) -> int | None:
-    """The axis of the activation that the layer sums over."""
+    """The axis of the activation that the layer sums over; None where it has none, or no known rank."""
+    count = rank(linear.data)
+    if count is None or count < 2:
+        return None
     match linear.node.op_type:
         case "Conv" | "ConvTranspose":
             return 1
         case "Gemm":
             return 0 if linear.node.attributes.get_int("transA", 0) else 1
-    count = rank(linear.data)
-    return None if count is None or count < 2 else count - (1 if linear.data_index == 0 else 2)
+    return count - (1 if linear.data_index == 0 else 2)
 
 
 def _pads(node: ir.Node) -> bool:

@@ -1,6 +1,6 @@
 """The one call: float model and data in, quantized model and an honest account of it out.
 
-    load -> prepare -> observe -> plan, correct biases, insert, compare on batches that were held back -> write
+    load -> prepare -> smooth -> observe -> plan, correct biases, insert, compare on held-back batches -> write
 
 Where the comparison misses the recipe's goal, the middle part is repeated with the most costly layers in float. Nothing
 appears at the output path before the last step.
@@ -9,10 +9,11 @@ appears at the output path before the last step.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qonnx.calibrators import EXTREMES
 from qonnx.comparison import NOTHING_COMPARED, Comparison, compare
 from qonnx.data import HoldOut, batches, expected_rows
 from qonnx.diagnostics import Diagnostics, diagnose
-from qonnx.errors import DataError, ModelError, OutputError, TargetError
+from qonnx.errors import DataError, ModelError, OutputError, RecipeError, TargetError
 from qonnx.fingerprint import fingerprint
 from qonnx.graph import all_graphs, is_float, load, parameters, publish, staging
 from qonnx.observation import Progress, observe
@@ -36,6 +37,8 @@ from qonnx.recipe import RECIPES, Recipe, calibrators, load_recipe, minimum_opse
 from qonnx.rules import unmatched
 from qonnx.runtime import input_specs
 from qonnx.sensitivity import LayerCost
+from qonnx.smooth_choice import Smoothed, apply, smoothed
+from qonnx.smoothing import AutoSmoothing, GroupReport, NoSmoothing
 from qonnx.statistics import Statistics
 from qonnx.targets import target as find_target
 
@@ -76,6 +79,7 @@ class Result(msgspec.Struct, frozen=True):
         costs: where the first attempt missed the recipe's goal, what each quantized layer alone did to the outputs,
             the worst first.
         diagnostics: what is to be said about calibration; empty where there was none, or a plan was given.
+        smoothing: every group of channels that smoothing looked at: what was done, or why nothing was.
     """
 
     output: str
@@ -90,6 +94,7 @@ class Result(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...]
     costs: tuple[LayerCost, ...] = ()
     diagnostics: Diagnostics = Diagnostics()
+    smoothing: tuple[GroupReport, ...] = ()
 
 
 def calibrate(
@@ -169,7 +174,7 @@ def quantize(
         settings: `key=value` changes to the recipe, such as `activations.calibrator.kind=average`.
         plan: use this plan instead of making one; the data then only serve the comparison.
         statistics: what `calibrate` measured, as a file or a value; the data then serve the comparison, the bias
-            correction and the choice of `auto`.
+            correction and the choice of `auto`. They are those of the model without smoothing, which is left out.
         max_batches: use at most this many batches.
         progress: called after every calibration batch.
 
@@ -193,10 +198,17 @@ def quantize(
         prepared, notes, mark = _prepared(model, minimum_opset(chosen))
         clock.lap("prepare")
         held = HoldOut(() if data is None else _stream(prepared, data, max_batches))
-        sample: list[Batch] = []
-        stream = _keeping(held, sample)
-        draft = place(prepared, chosen, consumer)
+        stream = iter(held)
+        sample = _first(stream)
         lost = unmatched(prepared.graph, chosen) if given is None else ()
+        if given is not None:
+            smooth = Smoothed(apply(prepared, given.smoothing), given.smoothing)
+        elif statistics is not None:
+            smooth = _unsmoothed(prepared, chosen)
+        else:
+            smooth = smoothed(prepared, chosen, consumer, sample, held.kept[:1] or sample[:1])
+        clock.lap("smooth")
+        draft = place(smooth.model, chosen, consumer)
         if statistics is not None:
             measured = _fitting(statistics, candidates(draft), mark)
         elif given is None and calibrated:
@@ -204,14 +216,16 @@ def quantize(
             counted = [value for value in candidates(draft) if needed and value not in draft.probabilities]
             expected = expected_rows(data, input_specs(prepared), max_batches)
             total = None if expected is None else HoldOut.passes(expected)
+            every = itertools.chain(sample, stream)
             measured = observe(
-                prepared, candidates(draft), stream, distributions=counted, total=total, progress=progress
+                smooth.model, candidates(draft), every, distributions=counted, total=total, progress=progress
             )
-        deque(stream, maxlen=0)  # what was not read yet: the steps below need some of it
+        deque(stream, maxlen=0)  # what was not read yet may hold batches to keep back
         clock.lap("calibrate")
         file = folder / output.name
         chosen_on, judged = _split(held, sample, calibrated)
-        job = Job(model, prepared, chosen, consumer, sample, chosen_on, "" if data is None else held.digest, file)
+        digest = "" if data is None else held.digest
+        job = Job(model, smooth.model, chosen, consumer, sample, chosen_on, digest, file, smooth.plans)
         if given is not None:
             attempt = write(job, without_left_layers(given))
         else:
@@ -220,8 +234,8 @@ def quantize(
         diagnostics = Diagnostics()
         if given is None and calibrated:
             calibrator, symmetric = chosen.activations.calibrator, consumer.symmetric
-            diagnostics = diagnose(prepared, attempt.plan, measured, held.kept, calibrator, symmetric=symmetric)
-        clock.lap("plan, insert and compare")
+            diagnostics = diagnose(smooth.model, attempt.plan, measured, held.kept, calibrator, symmetric=symmetric)
+        clock.lap("plan and write")
         publish(folder, output.parent)
     return Result(
         output=str(output),
@@ -232,10 +246,11 @@ def quantize(
         quantized_bytes=attempt.bytes,
         lookup_bytes=_lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
-        notes=notes,
-        warnings=(*lost, *_warnings(attempt, comparison, held, chosen, calibrated)),
+        notes=(*notes, *([smooth.note] if smooth.note else [])),
+        warnings=(*lost, *_warnings(attempt, comparison, held, chosen, calibrated, smooth.warning)),
         costs=attempt.costs,
         diagnostics=diagnostics,
+        smoothing=smooth.reports,
     )
 
 
@@ -282,15 +297,28 @@ def _stream(prepared: ir.Model, data: Any, max_batches: int | None) -> Iterator[
     return spread(batches(data, inputs, max_batches=max_batches), inputs)
 
 
-def _keeping(stream: Iterable[Batch], kept: list[Batch]) -> Iterator[Batch]:
-    """Passes batches on and keeps the first few, for the steps that need to see some of the data again."""
+def _first(stream: Iterator[Batch]) -> list[Batch]:
+    """The first few batches, for the steps that need to see some of the data again."""
+    first: list[Batch] = []
     size = 0
     for batch in stream:
+        first.append(batch)
         size += sum(array.nbytes for array in batch.values())
-        wanted = len(kept) < _SAMPLE_BATCHES or sum(map(rows, kept)) < _SAMPLES
-        if wanted and (not kept or size < _SAMPLE_BYTES):
-            kept.append(batch)
-        yield batch
+        enough = len(first) >= _SAMPLE_BATCHES and sum(map(rows, first)) >= _SAMPLES
+        if enough or size >= _SAMPLE_BYTES:
+            break
+    return first
+
+
+def _unsmoothed(prepared: ir.Model, recipe: Recipe) -> Smoothed:
+    """The model as it is, for statistics that were measured on it."""
+    if not isinstance(recipe.smooth, NoSmoothing | AutoSmoothing):
+        raise RecipeError(
+            "the statistics are those of the model without smoothing, and the recipe smooths: leave out the "
+            "statistics, or set smooth.kind=none"
+        )
+    reason = "statistics of the model without smoothing were given"
+    return Smoothed(prepared, note="" if isinstance(recipe.smooth, NoSmoothing) else f"not smoothed: {reason}")
 
 
 def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tuple[str, ...], str]:
@@ -312,7 +340,7 @@ def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tu
 
 
 def _warnings(
-    attempt: Attempt, comparison: Comparison, held: HoldOut, recipe: Recipe, calibrated: bool
+    attempt: Attempt, comparison: Comparison, held: HoldOut, recipe: Recipe, calibrated: bool, unsmoothed: str
 ) -> tuple[str, ...]:
     """What to say loudly."""
     warnings = []
@@ -335,6 +363,8 @@ def _warnings(
             warnings.append(f"output {output.name}: its shape differs in {output.mismatched_batches} batches")
     if not calibrated:
         return tuple(warnings)
+    if unsmoothed:
+        warnings.append(unsmoothed)
     if held.shared:
         warnings.append("only one batch was given: the comparison uses the batch that calibration saw")
     elif len(held.kept) == 1:

@@ -73,6 +73,24 @@ class BiasPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shift: tuple[float, ...]
 
 
+class SmoothPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What a group of channels is divided by before anything is quantized: see `qonnx.smooth_choice.apply`.
+
+    Attributes:
+        value: the tensor of the prepared graph that the producer of the group makes.
+        method: how factors and offsets were found.
+        scale: one factor per channel.
+        shift: one offset per channel, in units of the tensor before; empty when all are 0.
+        nodes: whether the group was looked for with nodes at run time allowed.
+    """
+
+    value: str
+    method: str
+    scale: tuple[float, ...]
+    shift: tuple[float, ...] = ()
+    nodes: bool = True
+
+
 class LayerPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """A matrix product or convolution, and why it stays in float if it does."""
 
@@ -108,6 +126,7 @@ class QuantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     biases: tuple[BiasPlan, ...] = ()
     format: Format = Format.QDQ
     operators: Operators = Operators.ONNX
+    smoothing: tuple[SmoothPlan, ...] = ()
 
     @property
     def quantized_layers(self) -> tuple[LayerPlan, ...]:

@@ -13,7 +13,10 @@ import msgspec
 from qonnx.calibrators import Auto, Average, Calibrator, MinMax
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Dtype, PerTensor
+from qonnx.passes.outlier_suppression import OutlierSuppression
+from qonnx.passes.smooth_quant import SmoothQuant
 from qonnx.roles import Role
+from qonnx.smoothing import AutoSmoothing, NoSmoothing, Smoothing
 from qonnx.targets import Target, check_types
 
 
@@ -153,6 +156,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         name: for people and for the metadata of the file that is written.
+        smooth: how activations are made flatter before they are observed, at no change of what the model computes.
+            `auto` keeps what it finds only where that makes the outputs better.
         weights: how weights are quantized.
         activations: how activations are quantized.
         attention: whether the two products inside attention (queries by keys, probabilities by values) are quantized.
@@ -167,6 +172,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     name: str = "int8"
+    smooth: Smoothing = AutoSmoothing()
     weights: Weights = Weights()
     activations: Activations = Activations()
     attention: bool = True
@@ -190,6 +196,9 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(name="int8"),
     Recipe(name="int8-minmax", activations=Activations(calibrator=MinMax())),
     Recipe(name="int8-average", activations=Activations(calibrator=Average())),
+    Recipe(name="int8-smoothquant", smooth=SmoothQuant()),
+    Recipe(name="int8-os+", smooth=OutlierSuppression()),
+    Recipe(name="int8-unsmoothed", smooth=NoSmoothing()),
     Recipe(
         name="fp8",
         weights=Weights(Dtype.FLOAT8E4M3FN),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -12,15 +13,38 @@ import onnx_ir as ir
 from qonnx.channels import FOREIGN
 from qonnx.errors import DataError
 from qonnx.graph import float32
-from qonnx.group_error import Choice, GroupError, Quantizers, Samples, Vector, decibels, measure
-from qonnx.groups import SmoothGroup
+from qonnx.group_error import Choice, GroupError, Quantizers, Ranges, Samples, Vector, best, decibels, measure
+from qonnx.groups import Consumer, SmoothGroup
 from qonnx.passes.outlier_suppression import OutlierSuppression
 from qonnx.passes.rescale_channels import RescaleChannels, Rescaling
 from qonnx.passes.smooth_quant import SmoothQuant
 from qonnx.producers import Kind
 from qonnx.statistics import Statistics
 
-Method: TypeAlias = SmoothQuant | OutlierSuppression
+
+class NoSmoothing(msgspec.Struct, frozen=True, tag_field="kind", tag="none", forbid_unknown_fields=True):
+    """Leaves all activations as they are."""
+
+
+class AutoSmoothing(msgspec.Struct, frozen=True, tag_field="kind", tag="auto", forbid_unknown_fields=True):
+    """For every group the better one of SmoothQuant and Outlier Suppression+.
+
+    Attributes:
+        nodes: whether a group may cost a Mul, or a Mul and an Add, at run time.
+    """
+
+    nodes: bool = True
+
+    def choose(self, group: SmoothGroup, ranges: Ranges, error: GroupError, samples: Samples) -> Choice | None:
+        """The factors and offsets of a group; None where it is best left alone."""
+        methods = (OutlierSuppression(), SmoothQuant())
+        choices = [method.choose(group, ranges, error, samples) for method in methods]
+        found = [choice for choice in choices if choice is not None]
+        return best(found, error) if found and error.measurable else None
+
+
+Method: TypeAlias = SmoothQuant | OutlierSuppression | AutoSmoothing
+Smoothing: TypeAlias = NoSmoothing | SmoothQuant | OutlierSuppression | AutoSmoothing
 
 # What a group has to gain before it may cost a node at run time.
 _WORTH_A_NODE_DB = 1.0
@@ -91,30 +115,72 @@ def smooth(
         One entry per group, in order. "This changed nothing" is worth a warning.
 
     Raises:
-        DataError: a tensor was not observed per channel.
         ModelError: the groups are not of this model.
+    """
+    rescalings, reports = decide(groups, method, statistics, samples, quantizers or Quantizers())
+    RescaleChannels(rescalings)(model)
+    return reports
+
+
+def decide(
+    groups: Sequence[SmoothGroup],
+    method: Method,
+    statistics: Statistics,
+    samples: Samples,
+    quantizers: Quantizers,
+    quantized: Collection[str] | None = None,
+    leave: Mapping[str, str] | None = None,
+) -> tuple[tuple[Rescaling, ...], tuple[GroupReport, ...]]:
+    """What `smooth` would do, and why: nothing is changed.
+
+    Args:
+        groups: see `smooth`.
+        method: see `smooth`.
+        statistics: see `smooth`.
+        samples: see `smooth`.
+        quantizers: see `smooth`.
+        quantized: the names of the linear layers that will be quantized: the others are exact whatever is done. None
+            for all.
+        leave: groups to leave alone, by value, with the reason.
+
+    Returns:
+        What to do, for the groups that gain; and one report per group.
     """
     rescalings, reports = [], []
     for group in groups:
-        rescaling, report = _decide(group, method, statistics, samples, quantizers or Quantizers())
+        reason = group.reason or _no_rounding(group, quantized) or (leave or {}).get(group.value, "")
+        if reason:
+            reports.append(msgspec.structs.replace(_blank(group), reason=reason))
+            continue
+        rescaling, report = _decide(group, method, statistics, samples, quantizers, quantized)
         reports.append(report)
         if rescaling is not None:
             rescalings.append(rescaling)
-    RescaleChannels(tuple(rescalings))(model)
-    return tuple(reports)
+    return tuple(rescalings), tuple(reports)
+
+
+def _rounded(group: SmoothGroup, quantized: Collection[str] | None) -> tuple[Consumer, ...]:
+    return tuple(one for one in group.consumers if quantized is None or one.linear.node.name in quantized)
+
+
+def _no_rounding(group: SmoothGroup, quantized: Collection[str] | None) -> str:
+    return "" if _rounded(group, quantized) else "none of its layers is quantized"
 
 
 def _decide(
-    group: SmoothGroup, method: Method, statistics: Statistics, samples: Samples, quantizers: Quantizers
+    group: SmoothGroup,
+    method: Method,
+    statistics: Statistics,
+    samples: Samples,
+    quantizers: Quantizers,
+    quantized: Collection[str] | None,
 ) -> tuple[Rescaling | None, GroupReport]:
     report = _blank(group)
-    if group.reason:
-        return None, msgspec.structs.replace(report, reason=group.reason)
     try:
         ranges = measure(group, statistics)
     except DataError as unusable:
         return None, msgspec.structs.replace(report, reason=str(unusable))
-    error = GroupError(group, ranges, samples, quantizers)
+    error = GroupError(dataclasses.replace(group, consumers=_rounded(group, quantized)), ranges, samples, quantizers)
     one, zero = np.ones(group.producer.size), np.zeros(group.producer.size)
     before = error(one, zero) if error.measurable else None
     report = msgspec.structs.replace(
@@ -133,7 +199,7 @@ def _decide(
         report,
         changed=int(((choice.scale != 1) | (choice.shift != 0)).sum()),
         method=choice.method,
-        parameter=choice.parameter,
+        parameter=float(choice.parameter),
         nodes=nodes,
         smoothed_crest=_crest(np.maximum(ranges.high - choice.shift, choice.shift - ranges.low) / choice.scale),
         weight_growth=_weight_growth(group, choice),

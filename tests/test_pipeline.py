@@ -129,20 +129,31 @@ def spoiled_model() -> ir.Model:
 
 
 def test_the_layer_to_blame_stays_in_float_and_the_rest_keeps_the_output(tmp_path: Path) -> None:
-    result = qonnx.quantize(spoiled_model(), data(), tmp_path / "quantized.onnx")
+    settings = ["smooth.kind=none"]
+    result = qonnx.quantize(spoiled_model(), data(), tmp_path / "quantized.onnx", settings=settings)
     assert [layer.node for layer in result.plan.float_layers] == ["bad"]
     assert "quantized alone" in result.plan.float_layers[0].reason
     assert result.comparison.outputs[0].sqnr_db > 17
     assert not result.warnings
 
 
+def test_smoothing_needs_no_layer_in_float(tmp_path: Path) -> None:
+    output = tmp_path / "quantized.onnx"
+    result = qonnx.quantize(spoiled_model(), data(rows=128), output)
+    assert not result.plan.float_layers
+    assert result.comparison.outputs[0].sqnr_db > 25
+    assert {report.value: bool(report.method) for report in result.smoothing}["m"]
+    assert result.plan.smoothing
+    qonnx.quantize(spoiled_model(), data(rows=128), tmp_path / "again.onnx", plan=result.plan)
+    assert output.read_bytes() == (tmp_path / "again.onnx").read_bytes()
+
+
 def test_without_the_fallback_it_warns_and_names_the_layer(tmp_path: Path) -> None:
-    settings = ["goal_sqnr_db=0", "minimum_sqnr_db=-100"]
-    silent = qonnx.quantize(spoiled_model(), data(), tmp_path / "quantized.onnx", settings=settings)
+    settings = ["minimum_sqnr_db=-100", "smooth.kind=none"]
+    output = tmp_path / "quantized.onnx"
+    silent = qonnx.quantize(spoiled_model(), data(), output, settings=[*settings, "goal_sqnr_db=0"])
     assert silent.comparison.outputs[0].sqnr_db < 5
-    unreachable = qonnx.quantize(
-        spoiled_model(), data(), tmp_path / "quantized.onnx", settings=["goal_sqnr_db=90", "minimum_sqnr_db=-100"]
-    )
+    unreachable = qonnx.quantize(spoiled_model(), data(), output, settings=[*settings, "goal_sqnr_db=90"])
     assert any("measure the task" in warning for warning in unreachable.warnings)
     assert unreachable.costs[0].node == "bad"
     assert len(unreachable.plan.float_layers) <= max(1, len(unreachable.plan.layers) // 4)

@@ -1,0 +1,168 @@
+"""Smoothing inside the one call: kept where it pays, said where it cannot, repeated from a plan."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+
+import qonnx
+from qonnx.errors import RecipeError
+from qonnx.passes.prepare import prepare
+from qonnx.plan import QuantPlan, SmoothPlan
+from qonnx.recipe import Recipe, load_recipe, resolve
+from qonnx.runtime import session
+from qonnx.smooth_choice import Smoothed, apply, smoothed
+from qonnx.targets import target
+from tests.graphs import model_of
+from tests.helpers import assert_same_function
+
+Batches = list[dict[str, npt.NDArray[np.float32]]]
+
+PRE_NORM = (
+    "g (float[n,32] x, float[32] g, float[32] b, float[32,64] w1, float[64] b1, float[64,32] w2) => (float[n,32] y)"
+    "{ [norm] s = LayerNormalization(x, g, b) [up] m = MatMul(s, w1) a = Add(m, b1) e = Gelu(a)"
+    "  [down] d = MatMul(e, w2) y = Add(d, x) }"
+)
+POST_NORM = PRE_NORM.replace("Add(d, x)", "Add(d, s)")
+
+
+def model(text: str = PRE_NORM, outliers: float = 30.0) -> ir.Model:
+    """A block whose norm makes two channels that stick out."""
+    made = model_of(text, weights="g b w1 b1 w2", scale=0.2, opset=21)
+    for name, channels in (("g", {1: outliers}), ("b", {3: outliers})):
+        stored = made.graph.initializers[name]
+        array = np.full(32, 1.0 if name == "g" else 0.0, np.float32)
+        for channel, value in channels.items():
+            array[channel] = value
+        stored.const_value = ir.tensor(array, name=name)
+    return made
+
+
+def data(count: int = 10, seed: int = 0, rows: int = 256) -> Batches:
+    rng = np.random.default_rng(seed)
+    return [{"x": rng.uniform(-1, 1, (rows, 32)).astype(np.float32)} for _ in range(count)]
+
+
+def run(recipe: str, settings: tuple[str, ...] = (), text: str = PRE_NORM, outliers: float = 30.0) -> Smoothed:
+    prepared = model(text, outliers)
+    prepare(prepared)
+    chosen = resolve(load_recipe(recipe, settings), target("a800"))
+    return smoothed(prepared, chosen, target("a800"), data(4), data(1, seed=1))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-smoothquant", "int8-os+"])
+@pytest.mark.parametrize("text", [PRE_NORM, POST_NORM], ids=["pre-norm", "post-norm"])
+def test_outputs_keep_more_with_all_layers_on_integers(recipe: str, text: str, tmp_path: Path) -> None:
+    settings = ["goal_sqnr_db=0", "minimum_sqnr_db=-100"]
+    plain = qonnx.quantize(model(text), data(), tmp_path / "plain.onnx", recipe="int8-unsmoothed", settings=settings)
+    result = qonnx.quantize(model(text), data(), tmp_path / "smoothed.onnx", recipe=recipe, settings=settings)
+    assert plain.smoothing == ()
+    assert plain.plan.smoothing == ()
+    assert not result.plan.float_layers
+    assert result.comparison.outputs[0].sqnr_db > plain.comparison.outputs[0].sqnr_db + 2
+    norm = result.smoothing[0]
+    assert norm.producer == "LayerNormalization 'norm'"
+    assert norm.consumers == ("up",)
+    assert norm.method
+    assert norm.crest is not None
+    assert norm.smoothed_crest is not None
+    assert norm.smoothed_crest < norm.crest
+
+
+@pytest.mark.parametrize("text", [PRE_NORM, POST_NORM], ids=["pre-norm", "post-norm"])
+def test_a_plan_that_is_fed_back_smooths_the_same_way(text: str, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.onnx", tmp_path / "two.onnx"
+    result = qonnx.quantize(model(text), data(), one)
+    assert result.plan.smoothing
+    assert QuantPlan.load(_saved(result.plan, tmp_path)) == result.plan
+    qonnx.quantize(model(text), data(), two, plan=tmp_path / "plan.json")
+    assert one.read_bytes() == two.read_bytes()
+
+
+def _saved(plan: QuantPlan, folder: Path) -> Path:
+    plan.save(folder / "plan.json")
+    return folder / "plan.json"
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    prepared = model()
+    prepare(prepared)
+    with pytest.raises(RecipeError, match="the plan smooths 'elsewhere', which this model lacks"):
+        apply(prepared, [SmoothPlan("elsewhere", "by hand", (1.0,))])
+
+
+def test_the_model_computes_what_it_did_and_is_left_alone() -> None:
+    prepared = model(POST_NORM)
+    prepare(prepared)
+    before = ir.to_onnx_text(prepared)
+    result = run("int8", text=POST_NORM)
+    assert_same_function(prepared, result.model, data(1)[0], rtol=2e-5)
+    assert_same_function(prepared, apply(prepared, result.plans), data(1)[0], rtol=2e-5)
+    assert ir.to_onnx_text(prepared) == before
+
+
+def test_auto_does_not_keep_what_the_outputs_do_not_gain_by() -> None:
+    text = "g (float[n,32] x, float[32] g, float[32] b, float[32,64] w1) => (float[n,64] y)"
+    text += "{ s = LayerNormalization(x, g, b) y = MatMul(s, w1) }"
+    prepared = model_of(text, weights="w1 b g", scale=0.2)
+    for name, value in (("g", 1.0), ("b", 0.0)):
+        prepared.graph.initializers[name].const_value = ir.tensor(np.full(32, value, np.float32), name=name)
+    rng = np.random.default_rng(0)
+    signs = [{"x": rng.choice([-1.0, 1.0], (256, 32)).astype(np.float32)} for _ in range(5)]
+    prepare(prepared)
+    result = smoothed(prepared, resolve(Recipe(), target("a800")), target("a800"), signs[:4], signs[4:])
+    assert result.model is prepared
+    assert result.plans == ()
+    assert not any(report.method for report in result.reports)
+    assert all(report.reason for report in result.reports)
+    assert "smoothe" in result.note or "smoothing changed nothing" in result.note
+    assert result.warning == ""
+
+
+def test_no_nodes_at_run_time_where_the_recipe_forbids_them() -> None:
+    result = run("int8", ("smooth.nodes=false",), POST_NORM)
+    assert [node.op_type for node in result.model.graph] == [node.op_type for node in _prepared(POST_NORM).graph]
+    assert "adds something else to it" in result.reports[0].reason
+
+
+def _prepared(text: str) -> ir.Model:
+    made = model(text)
+    prepare(made)
+    return made
+
+
+def test_nothing_to_smooth_is_a_warning_for_who_asked_for_it() -> None:
+    for recipe, asked in (("int8", False), ("int8-smoothquant", True)):
+        result = run(recipe, ("smooth.nodes=false", "rules=[{match: {name: up}, skip: true}]"))
+        said = result.warning if asked else result.note
+        assert said.startswith("nothing can be smoothed: ")
+        assert "Gelu" in said
+        assert bool(result.warning) == asked
+
+
+def test_layers_that_stay_in_float_do_not_count() -> None:
+    result = run("int8", ("rules=[{match: {name: up}, skip: true}]",))
+    assert [report.consumers for report in result.reports] == [("down",)]
+
+
+def test_statistics_are_those_of_the_model_without_smoothing(tmp_path: Path) -> None:
+    statistics = qonnx.calibrate(model(), data())
+    with pytest.raises(RecipeError, match="leave out the statistics, or set smooth"):
+        qonnx.quantize(model(), data(), tmp_path / "q.onnx", recipe="int8-os+", statistics=statistics)
+    assert not (tmp_path / "q.onnx").exists()
+    result = qonnx.quantize(model(), data(), tmp_path / "q.onnx", statistics=statistics)
+    assert result.plan.smoothing == ()
+    assert "not smoothed: statistics of the model without smoothing were given" in result.notes
+    plain = qonnx.quantize(model(), data(), tmp_path / "p.onnx", statistics=statistics, settings=["smooth.kind=none"])
+    assert plain.plan == result.plan
+
+
+def test_data_that_can_be_read_once_are_enough(tmp_path: Path) -> None:
+    given = qonnx.quantize(model(), data(), tmp_path / "list.onnx")
+    once = qonnx.quantize(model(), iter(data()), tmp_path / "once.onnx")
+    assert given.plan == once.plan
+    single = qonnx.quantize(model(), data(1, rows=1024), tmp_path / "single.onnx")
+    assert single.plan.smoothing
+    assert session(tmp_path / "single.onnx").run(data(1)[0])["y"].shape == (256, 32)
