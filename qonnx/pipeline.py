@@ -287,7 +287,7 @@ def _fitting(source: StatisticsSource, values: Sequence[str], mark: str) -> Stat
     if missing:
         raise DataError(
             f"{what} do not hold {missing[0]!r} ({len(missing)} tensors are missing): they were measured on "
-            "another model or for another target; calibrate again"
+            "another model or for another target; calibrate again, or give the data to a recipe that wants more tensors"
         )
     return statistics
 

@@ -24,6 +24,7 @@ from qonnx.recipe import Format, Recipe, Weights
 from qonnx.rules import settings_of
 from qonnx.targets import Target
 from qonnx.weight_layers import find_weights
+from qonnx.whole_encoder import add_product_outputs, add_residuals
 
 
 class StoredWeight(NamedTuple):
@@ -116,6 +117,10 @@ def place(model: ir.Model, recipe: Recipe, target: Target, leave: Mapping[str, s
     if recipe.format.calibrated:
         if is_gpu(target):
             _keep_projections_whole(model.graph, quantized, activations)
+        if recipe.product_outputs:
+            add_product_outputs(model.graph, quantized, activations, ties.tie)
+        if recipe.residuals:
+            add_residuals(model.graph, quantized, activations)
         moved = _extend(model.graph, quantized, activations, ties, target)
     counts = Counter(node.op_type for node in model.graph if node.name not in quantized | moved)
     for layer in layers:

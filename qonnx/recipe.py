@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from qonnx.calibrators import Auto, Average, Calibrator, MinMax
+from qonnx.calibrators import Auto, Average, Calibrator, MinMax, Percentile
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Dtype, PerTensor
 from qonnx.passes.outlier_suppression import OutlierSuppression
@@ -161,6 +161,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         weights: how weights are quantized.
         activations: how activations are quantized.
         attention: whether the two products inside attention (queries by keys, probabilities by values) are quantized.
+        product_outputs: whether the result of every quantized matrix product is quantized too, before its bias.
+        residuals: whether what is added to the result of a quantized matrix product is quantized too.
         minimum_sqnr_db: a layer stays in float when one of its activations, rounded to its grid, would keep less
             than this signal-to-noise ratio.
         goal_sqnr_db: when an output of the quantized model keeps less than this, the layers that cost most are left in
@@ -176,6 +178,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Weights = Weights()
     activations: Activations = Activations()
     attention: bool = True
+    product_outputs: bool = False
+    residuals: bool = False
     minimum_sqnr_db: float = 10.0
     goal_sqnr_db: float = 16.0
     correct_biases: bool = True
@@ -203,6 +207,21 @@ RECIPES: tuple[Recipe, ...] = (
         name="fp8",
         weights=Weights(Dtype.FLOAT8E4M3FN),
         activations=Activations(dtype=Dtype.FLOAT8E4M3FN),
+    ),
+    Recipe(
+        name="bert-int8-mode1",
+        activations=Activations(calibrator=Percentile(99.999)),
+        minimum_sqnr_db=-100.0,
+        goal_sqnr_db=0.0,
+    ),
+    Recipe(
+        name="bert-int8-mode2",
+        weights=Weights(granularity=PerTensor()),
+        activations=Activations(calibrator=Percentile(99.999)),
+        product_outputs=True,
+        residuals=True,
+        minimum_sqnr_db=-100.0,
+        goal_sqnr_db=0.0,
     ),
     Recipe(name="int8-qoperator", format=Format.QOPERATOR),
     Recipe(name="int8-dynamic", format=Format.DYNAMIC, attention=False),
