@@ -21,7 +21,8 @@ from qonnx.calibrators import Auto, Average, MinMax
 from qonnx.comparison import NOTHING_COMPARED, Comparison, ModelSource, compare
 from qonnx.errors import DataError, ModelError
 from qonnx.formats import insert
-from qonnx.graph import FLOAT_REASON, first_line, parameters, save
+from qonnx.graph import FLOAT_REASON, first_line, load, parameters, save
+from qonnx.judged import judged_model
 from qonnx.numerics import Dtype
 from qonnx.passes.drop_bounds import DropBounds
 from qonnx.placement import candidates, place
@@ -29,7 +30,7 @@ from qonnx.plan import QuantPlan, SmoothPlan, make_plan
 from qonnx.ranges import Range, calibrated
 from qonnx.rebatch import Batch, has_batch_axis, rows, together
 from qonnx.recipe import Recipe
-from qonnx.runtime import input_specs, session
+from qonnx.runtime import input_specs, session, with_outputs
 from qonnx.sensitivity import LayerCost, layer_costs, most_costly
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
@@ -126,7 +127,7 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
         if latest.sqnr_db >= goal or job.recipe.goal_sqnr_db <= 0 or not plan.quantized_layers:
             break
         if not costs:
-            costs = layer_costs(job.prepared, plan, _few_samples(job.prepared, job.sample, _COST_SAMPLES))
+            costs = layer_costs(judged_model(job.prepared), plan, _few_samples(job.prepared, job.sample, _COST_SAMPLES))
         quantized = {layer.node for layer in plan.quantized_layers}
         remaining = [cost for cost in costs if cost.node in quantized]
         allowed = max(1, len(plan.layers) // _LARGEST_SHARE_LEFT) - len(leave)
@@ -158,8 +159,19 @@ def write(job: Job, plan: QuantPlan) -> Attempt:
     _stamp(quantized, plan, job)
     save(quantized, job.file)
     _check_valid(quantized, job.file)
-    comparison = compare(job.model, job.file, list(job.choose)) if job.choose else NOTHING_COMPARED
-    return Attempt(plan, comparison, parameters(quantized)[1])
+    return Attempt(plan, _compared(job), parameters(quantized)[1])
+
+
+def _compared(job: Job) -> Comparison:
+    if not job.choose:
+        return NOTHING_COMPARED
+    judged, written = judged_model(job.prepared), load(job.file)
+    made = {value.name for node in written.graph for value in node.outputs}
+    names = [value.name for value in judged.graph.outputs[len(job.prepared.graph.outputs) :] if value.name in made]
+    if not names:
+        return compare(job.model, job.file, list(job.choose))
+    reference, candidate = (with_outputs(model, filter(None, names)) for model in (job.prepared, written))
+    return compare(reference, candidate, list(job.choose))
 
 
 def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
@@ -192,7 +204,7 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
     plans = [make_plan(job.prepared, statistics, each, recipe, job.target, leave) for each in tried]
     kinds = [isinstance(candidate, Average) for candidate in calibrator.candidates]
     usual = kinds.index(True) if any(kinds) else 0
-    return tried[best_throughout(job.prepared, plans, batch, usual=usual, margin_db=_AUTO_MARGIN_DB)]
+    return tried[best_throughout(judged_model(job.prepared), plans, batch, usual=usual, margin_db=_AUTO_MARGIN_DB)]
 
 
 def _auto_samples(statistics: Statistics, sample: Sequence[Batch]) -> int:
