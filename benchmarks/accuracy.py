@@ -9,10 +9,9 @@ the calibrators and nothing else. The last row is what `qonnx quantize` does whe
 from __future__ import annotations
 
 import importlib
-import itertools
 import sys
 import tempfile
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -50,34 +49,37 @@ def float_file(name: str, model: ModuleType, folder: Path) -> Path:
     return qonnx.export(example.module, example.args, folder / f"{name}.onnx", dynamic_shapes=example.dynamic_shapes)
 
 
-def measure(name: str, console: Console) -> None:
+def columns(name: str) -> Iterator[tuple[str, ...]]:
+    """Of one model, for the float model and then for every row: the metric, its change, and the SQNR of each output."""
     model = importlib.import_module(f"models.{name}")
-    table = Table("calibrator", "metric", "change", "SQNR dB", "on INT8", "seconds", title=name)
     with tempfile.TemporaryDirectory() as folder:
         source, output = float_file(name, model, Path(folder)), Path(folder) / "quantized.onnx"
         reference = model.evaluate(session(source).run)
-        table.add_row("float", f"{reference.value:.2f} % ± {reference.standard_error:.2f}", "", "", "", "")
+        yield f"{reference.value:.2f} %", f"± {reference.standard_error:.2f}", ""
         everything = list(model.calibration(batches=TEST_BATCHES.stop))
         data, test = everything[:BATCHES], everything[TEST_BATCHES]
         statistics = qonnx.calibrate(source, data)
-        rows = [(row, [*EVERY_LAYER, *settings]) for row, settings in ROWS.items()]
-        for row, settings in itertools.chain(rows, [("no option given", [])]):
-            start = time.perf_counter()
-            result = qonnx.quantize(source, data, output, settings=settings, statistics=statistics)
-            seconds = time.perf_counter() - start
+        for settings in (*([*EVERY_LAYER, *settings] for settings in ROWS.values()), []):
+            qonnx.quantize(source, data, output, settings=settings, statistics=statistics)
             value = model.evaluate(session(output).run).value
             ratios = [entry.sqnr_db for entry in qonnx.compare(source, output, test).outputs]
-            table.add_row(
-                row,
-                f"{value:.2f} %",
-                f"{value - reference.value:+.2f}",
-                ", ".join(f"{ratio:.1f}" for ratio in ratios),
-                f"{len(result.plan.quantized_layers)} of {len(result.plan.layers)}",
-                f"{seconds:.0f}",
-            )
-    console.print(table)
+            yield f"{value:.2f} %", f"{value - reference.value:+.2f}", ", ".join(f"{ratio:.1f}" for ratio in ratios)
+
+
+def main(names: Sequence[str]) -> None:
+    rows = ["float", *ROWS, "no option given"]
+    cells: list[tuple[str, ...]] = [() for _ in rows]
+    table = Table("calibrator")
+    for name in names:
+        for heading in (name, "change", "SQNR dB"):
+            table.add_column(heading)
+        for index, found in enumerate(columns(name)):
+            cells[index] += found
+            print(name, rows[index], *found, file=sys.stderr, flush=True)  # it takes minutes: say what is known
+    for row, found in zip(rows, cells, strict=True):
+        table.add_row(row, *found)
+    Console(highlight=False, width=40 + 35 * len(names)).print(table)
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or MODELS:
-        measure(chosen, Console(highlight=False, width=110))
+    main(sys.argv[1:] or MODELS)
