@@ -1,13 +1,14 @@
 """What calibration costs, beside ONNX Runtime's own: time as a multiple of the bare forward pass, and peak memory.
 
-    python -m benchmarks.calibration [minilm] [mobilenet] [--samples 32 256] [--peers-at-256]
+    python -m benchmarks.calibration [minilm] [mobilenet] [--samples 32 256] [--repeats 3] [--peers-at-256]
 
 MiniLM reads 128 tokens and MobileNetV2 224 pixels, in batches of 8. Every method runs in a process of its own, so that
-the peak is its own. The forward pass is measured right before and right after each method; on a machine that is doing
-other things too the ratio to the mean of the two means more than seconds. Loading the model and the choice of
+the peak is its own. The forward pass is measured before each method; of all repeats the quickest counts, for both. On
+a machine that is doing other things too, the ratio means more than seconds. Loading the model and the choice of
 thresholds are apart: they do not grow with the data, and in ONNX Runtime's entropy calibrator they are the larger part.
 
-ONNX Runtime's histogram calibrators keep every activation. Beyond 32 samples they run with --peers-at-256 only.
+ONNX Runtime's histogram calibrators keep every activation, and choose thresholds for minutes. They are run once, and
+beyond 32 samples with --peers-at-256 only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,28 +209,48 @@ def _padded(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.pad(array, ((0, 0), (0, TOKENS - array.shape[1]))) if array.ndim == 2 else array
 
 
-def measure(name: str, samples: int, folder: Path, peers: bool) -> Table:
-    """One table: every method on one model and one number of samples."""
+def measure(name: str, samples: int, folder: Path, repeats: int, peers: bool) -> dict[str, Cost | str]:
+    """Every method on one model and one number of samples."""
     model, data = folder / f"{name}.onnx", folder / f"{name}-{samples}"
     # In a process of its own too: what this one holds would count in the peak of every process that it starts.
     _process("--files", name, str(samples), str(model), str(data)).check_returncode()
-    title = f"{name}, {samples} samples"
-    table = Table("method", "batches", "forward passes", "the rest", "peak memory", title=title, caption_justify="left")
-    before = run("forward pass", model, data)
-    assert isinstance(before, Cost), before
-    table.add_row("forward pass", *_columns(before, before.batches))
-    for method in list(METHODS)[1:]:
-        if method in KEEP_EVERYTHING and samples > PEERS_LIMIT and not peers:
-            table.add_row(method, "not run")
-            continue
-        cost, after = run(method, model, data), run("forward pass", model, data)
-        assert isinstance(after, Cost), after
-        bare = (before.batches + after.batches) / 2
-        table.add_row(method, *(_columns(cost, bare) if isinstance(cost, Cost) else ["failed"]))
+    costs: dict[str, Cost | str] = {}
+    for repeat in range(repeats):
+        for method in list(METHODS)[1:]:
+            if method in KEEP_EVERYTHING and repeat:
+                continue
+            if method in KEEP_EVERYTHING and samples > PEERS_LIMIT and not peers:
+                costs[method] = "not run: it keeps every activation in memory"
+                continue
+            for each in ("forward pass", method):
+                costs[each] = _better(costs.get(each), run(each, model, data))
+    return costs
+
+
+def _better(left: Cost | str | None, right: Cost | str) -> Cost | str:
+    """The quicker of two runs in each part, and the higher peak."""
+    if isinstance(left, str) or isinstance(right, str) or left is None:
+        return left if isinstance(left, str) else right
+    return Cost(min(left.batches, right.batches), min(left.rest, right.rest), max(left.peak, right.peak))
+
+
+def table(title: str, costs: Mapping[str, Cost | str]) -> Table:
+    found = Table("method", "batches", "forward passes", "the rest", "peak memory", title=title, caption_justify="left")
+    bare = costs["forward pass"]
+    assert isinstance(bare, Cost), bare
+    for method in METHODS:
+        cost = costs[method]
+        found.add_row(method, *(_columns(cost, bare.batches) if isinstance(cost, Cost) else ["-"]))
         if isinstance(cost, str):
-            table.caption = f"{table.caption or ''}{method}: {cost}\n"
-        before = after
-    return table
+            found.caption = f"{found.caption or ''}{method}: {cost}\n"
+    return found
+
+
+def growth(method: str, few: Cost | str, many: Cost | str) -> str:
+    """What more samples do to the peak memory of one method."""
+    if isinstance(few, str) or isinstance(many, str):
+        return f"{method}: not measured"
+    return f"{method}: {100 * (many.peak / few.peak - 1):+.1f} %"
 
 
 def _columns(cost: Cost, bare: float) -> list[str]:
@@ -245,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration")
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; both if none is given")
     parser.add_argument("--samples", nargs="+", type=int, default=[32, 256], help=f"multiples of {BATCH}")
+    parser.add_argument("--repeats", type=int, default=3, help="the quickest counts")
     parser.add_argument("--peers-at-256", action="store_true", help="also run what may take hours or all memory")
     chosen = parser.parse_args()
     if unknown := set(chosen.models) - set(MODELS):
@@ -254,8 +276,16 @@ def main() -> None:
     console = Console(highlight=False, width=110)
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen.models or MODELS:
+            by_samples = {}
             for samples in chosen.samples:
-                console.print(measure(name, samples, Path(folder), chosen.peers_at_256))
+                costs = measure(name, samples, Path(folder), chosen.repeats, chosen.peers_at_256)
+                by_samples[samples] = costs
+                console.print(table(f"{name}, {samples} samples", costs))
+            few, many = min(by_samples), max(by_samples)
+            if few < many:
+                console.print(f"peak memory from {few} to {many} samples:")
+                for method in METHODS:
+                    console.print(f"  {growth(method, by_samples[few][method], by_samples[many][method])}")
 
 
 if __name__ == "__main__":
