@@ -1,4 +1,10 @@
-"""Statistics in, range out: one calibrator a file."""
+"""Statistics in, range out: one calibrator a file.
+
+TensorRT's own, up to version 10, by what they are: `IInt8MinMaxCalibrator` is `minmax`; `IInt8LegacyCalibrator` is
+`percentile`, its quantile being `percentile / 100`; `IInt8EntropyCalibrator` is what `entropy` writes out.
+How `IInt8EntropyCalibrator2` differs from it was never published, so there is none here that claims to be it: TensorRT
+itself runs it (`qonnx engine --calibrator entropy-2`).
+"""
 
 from typing import TypeAlias
 
