@@ -55,7 +55,7 @@ def observers(model: ir.Model) -> Iterator[Observer]:
 
 @dataclasses.dataclass(frozen=True)
 class AddObservers(ir.passes.InPlacePass):
-    """Adds Size, ReduceMin, ReduceMax and ReduceSumSquare of each value as graph outputs, and some values whole.
+    """Adds Size, ReduceMin, ReduceMax and ReduceSumSquare of each value as outputs; of some the value for the last.
 
     * Values of other float types are cast to float32 first: ONNX Runtime has no float16 reductions on the CPU, and a
       sum of squares overflows float16 at once.
@@ -68,7 +68,7 @@ class AddObservers(ir.passes.InPlacePass):
     Attributes:
         values: names of float values of the main graph: inputs, or outputs of nodes.
         channel_axes: by value name, the axis of which each index is observed too; negative counts from the back.
-        elements: names among `values` of those that are returned whole, as float32.
+        elements: names among `values` of those that are returned whole, as float32; their squares are not summed.
 
     Raises:
         ModelError: a value is not in the main graph, is not float, or its rank is unknown or too small for its axis.
@@ -108,8 +108,9 @@ class AddObservers(ir.passes.InPlacePass):
             high = build.reduce("ReduceMax", x, Statistic.CHANNEL_MAXIMUM, others, channels)
         build.reduce("ReduceMin", low, Statistic.MINIMUM)
         build.reduce("ReduceMax", high, Statistic.MAXIMUM)
-        build.reduce("ReduceSumSquare", x, Statistic.SUM_SQUARES)
-        if name in self.elements:
+        if name not in self.elements:
+            build.reduce("ReduceSumSquare", x, Statistic.SUM_SQUARES)
+        else:
             if x.is_graph_input() or x.is_graph_output():  # a value is one input or one output, not both nor twice
                 x = build.node("Identity", x, "elements", ir.DataType.FLOAT, x.shape)
             build.output(Statistic.ELEMENTS, x)

@@ -22,7 +22,7 @@ from qonnx.errors import DataError
 from qonnx.passes.augment import AddObservers, Observer, Statistic, observers
 from qonnx.runtime import Session, session
 from qonnx.sketch import Counter
-from qonnx.statistics import Statistics, TensorStatistics, from_batch
+from qonnx.statistics import Statistics, TensorStatistics, from_batch, with_sketch
 
 # Batches that are run at a time, each on its share of the cores: observers are many small operators, which do not gain
 # from several cores, and counting takes the interpreter's lock and one core.
@@ -234,7 +234,7 @@ class _Run:
             count=int(parts[Statistic.COUNT]),
             minimum=float(parts[Statistic.MINIMUM]),
             maximum=float(parts[Statistic.MAXIMUM]),
-            sum_squares=float(parts[Statistic.SUM_SQUARES]),
+            sum_squares=float(parts.get(Statistic.SUM_SQUARES, 0.0)),  # of what is counted, the counts tell
             channel_axis=self._axes.get(name),
             channel_minimum=parts.get(Statistic.CHANNEL_MINIMUM),
             channel_maximum=parts.get(Statistic.CHANNEL_MAXIMUM),
@@ -246,10 +246,9 @@ class _Run:
         batches = (self._finished[number] for number in sorted(self._finished) if number >= start)
         total = functools.reduce(Statistics.merge, batches, merged)
         counted = {
-            name: dataclasses.replace(tensor, sketch=self._counters[name].sketch() if name in self._counters else None)
-            for name, tensor in total.tensors.items()
+            name: with_sketch(total.tensors[name], c.sketch()) for name, c in self._counters.items() if total.tensors
         }
-        return dataclasses.replace(total, tensors=counted)
+        return dataclasses.replace(total, tensors={**total.tensors, **counted})
 
 
 def _samples(feeds: Feeds) -> int:

@@ -83,6 +83,12 @@ class Sketch:
         """How many elements were 0, or so small (below 6e-42) that no type tells them from 0."""
         return int(self.counts[(self.cells & ~_SIGN) == 0].sum())
 
+    @property
+    def sum_squares(self) -> float:
+        """The sum of the squares of the finite elements, each at the centre of its cell: 0.05 % off at most."""
+        low, high, counts = self.magnitudes()
+        return float(np.sum(counts * np.square(np.where(low == 0, 0, (low + high) / 2))))
+
     def merge(self, other: Sketch) -> Sketch:
         """The histogram of both sets of elements together."""
         cells = np.union1d(self.cells, other.cells)

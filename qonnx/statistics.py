@@ -36,7 +36,7 @@ class TensorStatistics:
         minimum: the smallest element; +inf where none was seen, not meaningful unless `finite`.
         maximum: the largest element; -inf where none was seen, not meaningful unless `finite`.
         finite: whether no element was NaN or infinite.
-        sum_squares: the sum of the squared elements, float32 within a batch and float64 between batches.
+        sum_squares: the sum of the squared elements, from `sketch` where there is one; else float32 within a batch.
         batch_minima: [batches] the smallest element of each batch, in the order they were seen.
         batch_maxima: [batches] the largest element of each batch.
         channel_axis: the axis that `channel_minimum` and `channel_maximum` run along; None where they are None.
@@ -287,3 +287,9 @@ def from_batch(
         channel_minimum=channel_minimum,
         channel_maximum=channel_maximum,
     )
+
+
+def with_sketch(tensor: TensorStatistics, sketch: Sketch) -> TensorStatistics:
+    """The statistics with the distribution and what it tells: the sum of the squares, and whether NaN was seen."""
+    finite = tensor.finite and not sketch.nonfinite
+    return dataclasses.replace(tensor, sketch=sketch, finite=finite, sum_squares=sketch.sum_squares)

@@ -120,6 +120,8 @@ def test_distributions_are_counted_where_asked_for(model: ir.Model) -> None:
     assert_equal(found["z"].sketch, sketch(-y))
     assert found["y"].sketch is None
     assert found["z"].minimum == -y.max()
+    np.testing.assert_allclose(found["z"].mean_square, np.square(y).mean(), rtol=5e-4)
+    assert found["z"].finite
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])

@@ -75,6 +75,14 @@ def test_special_values_are_counted() -> None:
     assert (found.count, found.nonfinite, found.zeros) == (8, 3, 3)
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30])
+def test_squares_are_summed_over_the_finite_elements(factor: float) -> None:
+    x = (np.random.default_rng(0).standard_t(3, size=10_000) * factor).astype(np.float32)
+    expected = np.square(x, dtype=np.float64).sum()
+    assert abs(sketch(np.append(x, np.float32(np.inf))).sum_squares / expected - 1) < 1e-4
+    assert sketch(np.zeros(5, np.float32)).sum_squares == 0
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_other_float_types_are_counted_as_float32(dtype: type[np.floating[Any]]) -> None:
     x = np.array([[1.5, -2.25], [0.1, 7]])
