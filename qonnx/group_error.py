@@ -34,7 +34,7 @@ Samples: TypeAlias = Mapping[str, Array]
 """Value name -> [tokens, channels], some rows of what linear layers read: see `qonnx.group_samples`."""
 
 # Multiplications per layer and candidate. Wider layers are measured on some of their outputs, evenly spaced.
-_BUDGET = 1 << 28
+_BUDGET = 1 << 26
 _FEWEST = 16
 
 # How many times the power of the median token one may count.
@@ -196,7 +196,8 @@ class GroupError:
         return self._power(error, layer.rows)
 
     def _power(self, y: Array, rows: Array) -> float:
-        centred = y - y.mean(axis=1, keepdims=True) if self._quantizers.correct_biases else y
+        mean = (y * rows).sum(axis=1, keepdims=True) / rows.sum() if self._quantizers.correct_biases else 0.0
+        centred = y - mean
         return float(np.vdot(centred, centred * rows))
 
     def _activations(self, x: Array, low: Array, high: Array) -> Array:

@@ -301,14 +301,22 @@ def test_a_token_that_is_louder_than_all_others_does_not_decide() -> None:
     axes = channel_axes([group])
     (name,) = axes
     ranges = Ranges(x.min(axis=0).astype(np.float64), x.max(axis=0).astype(np.float64), np.ones(8))
-    error = GroupError(group, ranges, {name: x}, Quantizers(correct_biases=False))
     tensor = group.consumers[0].linear.weight.const_value
     assert tensor is not None
     w = tensor.numpy().astype(np.float64)
+    signal = np.square(x @ w).sum(axis=1)
+    weight = np.minimum(1, 16 * np.median(signal) / signal)
+
+    def power(y: npt.NDArray[np.float64], centred: bool) -> float:
+        mean = (weight[:, None] * y).sum(axis=0) / weight.sum() if centred else 0.0
+        return float((weight[:, None] * np.square(y - mean)).sum())
+
     for s in (np.ones(8), np.array([1, 1, 1, 1000.0, 1, 1, 1, 1])):
         step, steps = np.abs(x / s).max() / 127, np.abs(w * s[:, None]).max(axis=0) / 127
-        noise = np.square(np.rint(x / s / step) * step @ (np.rint(w * s[:, None] / steps) * steps) - x @ w).sum(axis=1)
-        signal = np.square(x @ w).sum(axis=1)
-        weight = np.minimum(1, 16 * np.median(signal) / signal)
-        assert error(s, np.zeros(8)) == pytest.approx((weight * noise).sum() / (weight * signal).sum(), rel=0.02)
-    assert error(np.ones(8), np.zeros(8)) > 0.2  # nothing is left of eight tokens of nine: 1e-5 by power
+        noise = np.rint(x / s / step) * step @ (np.rint(w * s[:, None] / steps) * steps) - x @ w
+        for centred in (False, True):
+            error = GroupError(group, ranges, {name: x}, Quantizers(correct_biases=centred))
+            expected = power(noise, centred) / power(x @ w, centred)
+            assert error(s, np.zeros(8)) == pytest.approx(expected, rel=0.02)
+        if s[3] == 1:
+            assert expected > 0.2  # nothing is left of eight tokens of nine: 1e-5 by power
