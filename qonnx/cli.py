@@ -49,6 +49,9 @@ TargetName = Annotated[
         "l20, l4, t4, rtx3090, rtx4090 or orin.",
     ),
 ]
+DeviceName = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="Where the float model runs while it is measured: cpu or cuda.")
+]
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the whole result as JSON.")]
 
 
@@ -151,6 +154,7 @@ def calibrate(
         str, typer.Option(metavar="KIND", help="Of the cache: minmax, average, ema, percentile, entropy or mse.")
     ] = "entropy",
     max_batches: MaxBatches = None,
+    device: DeviceName = "cpu",
 ) -> None:
     """Measure the tensors of a model over calibration data.
 
@@ -181,6 +185,7 @@ def calibrate(
                     data,
                     target=target,
                     max_batches=max_batches,
+                    device=device,
                     resume=partial if resume else None,
                     merge=merge or (),
                     progress=progress,
@@ -247,6 +252,7 @@ def quantize(
     ] = None,
     json: Json = None,
     max_batches: MaxBatches = None,
+    device: DeviceName = "cpu",
 ) -> None:
     """Quantize a model, and compare it with the original.
 
@@ -276,6 +282,7 @@ def quantize(
             plan=plan,
             statistics=statistics,
             max_batches=max_batches,
+            device=device,
             progress=progress,
         )
         write_plan(result.plan.to_json())

@@ -20,7 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qonnx.data import Digest
 from qonnx.errors import DataError
 from qonnx.passes.augment import AddObservers, Observer, Statistic, observers
-from qonnx.runtime import Session, session
+from qonnx.runtime import Device, Session, session
 from qonnx.sketch import Counter
 from qonnx.statistics import Statistics, TensorStatistics, from_batch, with_sketch
 
@@ -75,6 +75,7 @@ def observe(
     *,
     distributions: Collection[str] = (),
     channel_axes: Mapping[str, int] | None = None,
+    device: Device = Device.CPU,
     earlier: Statistics | None = None,
     total: int | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -91,6 +92,8 @@ def observe(
         distributions: names among `values` of those whose elements are also counted, as calibrators other than
             `minmax`, `average` and `ema` need it. This costs more than the extremes, about 1.5 ns per element.
         channel_axes: by value name, the axis along which every index is observed too.
+        device: where the model and the reductions run. Of the values only extremes and sums come back, and whole those
+            in `distributions`.
         earlier: what an interrupted run over the same stream had measured; its batches are skipped.
         total: how many batches the stream probably has, for `progress`; None if that is not known.
         progress: called after each batch.
@@ -110,7 +113,7 @@ def observe(
     if earlier.tensors and earlier.tensors.keys() != {observer.value for observer in watched}:
         raise DataError("the earlier run observed other values: calibrate from the start")
     run = _Run(watched, _positive_axes(model, channel_axes or {}))
-    runner = session(augmented, threads=max(1, (os.cpu_count() or 1) // _WORKERS))
+    runner = session(augmented, threads=max(1, (os.cpu_count() or 1) // _WORKERS), device=device)
     rest = _after(earlier, stream)
     batches, samples, start = earlier.batches, earlier.samples, time.perf_counter()
     try:

@@ -35,7 +35,7 @@ from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
 from qonnx.recipe import RECIPES, Recipe, calibrators, load_recipe, minimum_opset, resolve
 from qonnx.rules import unmatched
-from qonnx.runtime import input_specs
+from qonnx.runtime import Device, input_specs
 from qonnx.sensitivity import LayerCost
 from qonnx.smooth_choice import Smoothed, apply, smoothed
 from qonnx.smoothing import AutoSmoothing, GroupReport, NoSmoothing
@@ -103,6 +103,7 @@ def calibrate(
     *,
     target: str = "a800",
     max_batches: int | None = None,
+    device: str = "cpu",
     resume: StatisticsSource | None = None,
     merge: Sequence[StatisticsSource] = (),
     progress: Report | None = None,
@@ -117,6 +118,7 @@ def calibrate(
         data: see `qonnx.data.batches`; None to merge only.
         target: what the quantized graph will be made for.
         max_batches: stop after this many batches.
+        device: where the float model runs: cpu or cuda.
         resume: what an interrupted run over the same data measured; its batches are skipped.
         merge: what was measured over other data, on this or another machine: it is added, and counts and extremes are
             those of one run over everything.
@@ -126,6 +128,7 @@ def calibrate(
         QonnxError: one of `qonnx.errors`, in one line.
         Interrupted: on Ctrl-C.
     """
+    on = _device(device)
     prepared, _, mark = _prepared(model)
     placement = place(prepared, Recipe(), find_target(target))
     values = candidates(placement)
@@ -138,6 +141,7 @@ def calibrate(
             values,
             _stream(prepared, data, max_batches),
             distributions=[value for value in values if value not in placement.probabilities],
+            device=on,
             earlier=total,
             total=None if expected is None else len(expected),
             progress=progress,
@@ -158,6 +162,7 @@ def quantize(
     plan: str | os.PathLike[str] | QuantPlan | None = None,
     statistics: str | os.PathLike[str] | Statistics | None = None,
     max_batches: int | None = None,
+    device: str = "cpu",
     progress: Report | None = None,
 ) -> Result:
     """Quantizes a model and compares the result with the original before it lets go of it.
@@ -176,12 +181,13 @@ def quantize(
         statistics: what `calibrate` measured, as a file or a value; the data then serve the comparison, the bias
             correction and the choice of `auto`. They are those of the model without smoothing, which is left out.
         max_batches: use at most this many batches.
+        device: where the float model runs while its tensors are measured: cpu or cuda. Results are compared on the CPU.
         progress: called after every calibration batch.
 
     Raises:
         QonnxError: one of `qonnx.errors`, in one line.
     """
-    consumer = find_target(target)
+    consumer, on = find_target(target), _device(device)
     chosen = resolve(recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings), consumer)
     given = QuantPlan.load(plan) if isinstance(plan, str | os.PathLike) else plan
     output = Path(output)
@@ -218,7 +224,13 @@ def quantize(
             total = None if expected is None else HoldOut.passes(expected)
             every = itertools.chain(sample, stream)
             measured = observe(
-                smooth.model, candidates(draft), every, distributions=counted, total=total, progress=progress
+                smooth.model,
+                candidates(draft),
+                every,
+                distributions=counted,
+                device=on,
+                total=total,
+                progress=progress,
             )
         deque(stream, maxlen=0)  # what was not read yet may hold batches to keep back
         clock.lap("calibrate")
@@ -260,6 +272,12 @@ def _split(held: HoldOut, sample: list[Batch], calibrated: bool) -> tuple[list[B
         return [], held.kept if held.shared else sample + held.kept
     half = max(1, len(held.kept) // 2)
     return held.kept[:half], held.kept[half:] or held.kept
+
+
+def _device(name: str) -> Device:
+    if name not in tuple(Device):
+        raise TargetError(f"unknown device {name!r}; choose one of {', '.join(Device)}")
+    return Device(name)
 
 
 def _check_output(model: ModelSource, output: Path) -> None:

@@ -67,6 +67,22 @@ class Optimization(enum.Enum):
     NONE = "ORT_DISABLE_ALL"
 
 
+class Device(enum.StrEnum):
+    """Where a graph runs. What a provider lacks runs on the CPU."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """ONNX Runtime's execution providers, best first."""
+        return ("CPUExecutionProvider",) if self is Device.CPU else ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+# TensorFloat-32 keeps ten bits of a float32 product: what would be measured is not the float model.
+_PROVIDER_OPTIONS: Mapping[str, dict[str, str]] = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+
+
 class InputSpec(msgspec.Struct, frozen=True):
     """What a model expects of one input.
 
@@ -165,7 +181,7 @@ def session(
     optimize: bool = True,
     outputs: Sequence[str] | None = None,
     threads: int = 0,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
+    device: Device = Device.CPU,
 ) -> Session:
     """Opens a model in ONNX Runtime, with the options that keep integer results exact on every CPU.
 
@@ -181,12 +197,13 @@ def session(
         optimize: whether ONNX Runtime may rewrite the graph (fuse Q/DQ pairs into integer kernels, fold constants).
         outputs: the names that `run` shall return; all tensor outputs by default.
         threads: threads within one operator; 0 lets ONNX Runtime choose.
-        providers: execution providers, best first.
+        device: where the graph runs; inputs and outputs of `run` are in the memory of the CPU.
 
     Raises:
         ModelError: the file is missing or damaged, the graph is not valid, or uses what ONNX Runtime lacks.
-        DependencyError: ONNX Runtime, or a provider, is not installed.
+        DependencyError: ONNX Runtime, or its part for the device, is not installed.
     """
+    providers = list(device.providers)
     ort = _import(providers)
     source: str | bytes
     buffers: dict[str, Any] = {}
@@ -210,7 +227,12 @@ def session(
             options.add_external_initializers_from_files_in_memory(list(buffers), list(buffers.values()), sizes)
         try:
             native = ort.InferenceSession(
-                source, options, providers=list(providers), enable_fallback=0, disabled_optimizers=DISABLED_OPTIMIZERS
+                source,
+                options,
+                providers=providers,
+                provider_options=[_PROVIDER_OPTIONS.get(provider, {}) for provider in providers],
+                enable_fallback=0,
+                disabled_optimizers=DISABLED_OPTIMIZERS,
             )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             if level is Optimization.NONE:

@@ -7,11 +7,12 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from qonnx import runtime
 from qonnx.errors import DataError, DependencyError, ModelError
-from qonnx.runtime import InputSpec, Optimization, Session, input_specs, session, with_outputs
+from qonnx.runtime import Device, InputSpec, Optimization, Session, input_specs, session, with_outputs
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
 
@@ -315,8 +316,24 @@ def test_values_that_the_graph_cannot_take_are_a_data_error() -> None:
 
 
 def test_a_missing_provider_is_a_dependency_error() -> None:
-    with pytest.raises(DependencyError, match=r"no TensorrtExecutionProvider; .* 'qonnx-pipeline\[gpu\]'"):
-        open_text("g (float[2] x) => (float[2] y) { y = Neg(x) }", providers=["TensorrtExecutionProvider"])
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("it is there")
+    with pytest.raises(DependencyError, match=r"no CUDAExecutionProvider; .* 'qonnx-pipeline\[gpu\]'"):
+        open_text("g (float[2] x) => (float[2] y) { y = Neg(x) }", device=Device.CUDA)
+
+
+def test_a_gpu_computes_in_float32_and_leaves_the_rest_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = onnxruntime.InferenceSession
+    given: dict[str, dict[str, str]] = {}
+
+    def on_the_cpu(source: Any, options: Any, providers: Any, provider_options: Any, **others: Any) -> Any:
+        given.update(zip(providers, provider_options, strict=True))
+        return opened(source, options, providers=["CPUExecutionProvider"], **others)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(Device.CUDA.providers))
+    open_text("g (float[2] x) => (float[2] y) { y = Neg(x) }", device=Device.CUDA)
+    assert list(given.items()) == [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
 
 
 def test_a_missing_onnxruntime_is_a_dependency_error(monkeypatch: pytest.MonkeyPatch) -> None:
