@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -68,6 +68,7 @@ class Job:
         digest: of the calibration data, or "".
         file: where the quantized model is written.
         smoothing: what was done to the prepared model before.
+        leave: node names of layers to leave in float from the start, each with the reason.
     """
 
     model: ModelSource
@@ -79,6 +80,7 @@ class Job:
     digest: str
     file: Path
     smoothing: tuple[SmoothPlan, ...] = ()
+    leave: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
     The file of the best attempt is the one that is left.
     """
     ranges = _as_ruled(job, statistics, _ranges(job, statistics))
-    leave: dict[str, str] = {}
+    leave = dict(job.leave)
     costs: tuple[LayerCost, ...] = ()
     best: Attempt | None = None
     while True:
@@ -130,7 +132,7 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
             costs = layer_costs(judged_model(job.prepared), plan, _few_samples(job.prepared, job.sample, _COST_SAMPLES))
         quantized = {layer.node for layer in plan.quantized_layers}
         remaining = [cost for cost in costs if cost.node in quantized]
-        allowed = max(1, len(plan.layers) // _LARGEST_SHARE_LEFT) - len(leave)
+        allowed = max(1, len(plan.layers) // _LARGEST_SHARE_LEFT) - len(leave) + len(job.leave)
         more = most_costly(remaining, latest.sqnr_db, goal, allowed)
         if not more:
             break
@@ -197,7 +199,7 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
         biases_corrected=job.recipe.correct_biases,
     )
     # All contestants quantize the edges of the first one; which layers no scale can save is decided once more later.
-    first = make_plan(job.prepared, statistics, tried[0], job.recipe, job.target)
+    first = make_plan(job.prepared, statistics, tried[0], job.recipe, job.target, job.leave)
     leave = {layer.node: layer.reason for layer in first.float_layers}
     recipe = msgspec.structs.replace(job.recipe, minimum_sqnr_db=-math.inf)
     tried.append(per_tensor)

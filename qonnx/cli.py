@@ -250,6 +250,18 @@ def quantize(
     save_plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the plan, which lists every decision, as JSON.")
     ] = None,
+    skip_unprofitable: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unprofitable", help="Leave layers in float that INT8 makes no faster, see `qonnx roofline`."
+        ),
+    ] = False,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SIZE", help="For that: size of a dynamic dimension, such as batch=8; or the batch is 1."
+        ),
+    ] = None,
     json: Json = None,
     max_batches: MaxBatches = None,
     device: DeviceName = "cpu",
@@ -265,6 +277,8 @@ def quantize(
 
     if plan is not None and (recipe is not None or set_):
         raise RecipeError(f"plan {plan}: decides what a recipe would; leave out --recipe and --set")
+    if dim and not skip_unprofitable:
+        raise RecipeError(f"--dim {dim[0]}: only serves --skip-unprofitable; leave it out, or add that")
     read = [path for path in (model, data, plan, statistics) if path is not None]
     _check_distinct(read, output, save_plan, json)
     with (
@@ -283,6 +297,7 @@ def quantize(
             statistics=statistics,
             max_batches=max_batches,
             device=device,
+            skip_unprofitable=_sizes(dim or ()) if skip_unprofitable else None,
             progress=progress,
         )
         write_plan(result.plan.to_json())

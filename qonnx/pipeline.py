@@ -13,7 +13,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ from qonnx.passes.prepare import prepare
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
-from qonnx.recipe import RECIPES, Recipe, calibrators, load_recipe, minimum_opset, resolve
+from qonnx.recipe import RECIPES, Format, Recipe, calibrators, load_recipe, minimum_opset, resolve
+from qonnx.roofline import roofline, unprofitable
 from qonnx.rules import unmatched
 from qonnx.runtime import Device, input_specs
 from qonnx.sensitivity import LayerCost
 from qonnx.smooth_choice import Smoothed, apply, smoothed
 from qonnx.smoothing import AutoSmoothing, GroupReport, NoSmoothing
 from qonnx.statistics import Statistics
+from qonnx.targets import Target
 from qonnx.targets import target as find_target
 
 # The built-in recipes that need no calibration.
@@ -163,6 +165,7 @@ def quantize(
     statistics: str | os.PathLike[str] | Statistics | None = None,
     max_batches: int | None = None,
     device: str = "cpu",
+    skip_unprofitable: Mapping[str, int] | None = None,
     progress: Report | None = None,
 ) -> Result:
     """Quantizes a model and compares the result with the original before it lets go of it.
@@ -182,6 +185,8 @@ def quantize(
             correction and the choice of `auto`. They are those of the model without smoothing, which is left out.
         max_batches: use at most this many batches.
         device: where the float model runs while its tensors are measured: cpu or cuda. Results are compared on the CPU.
+        skip_unprofitable: leaves layers in float that INT8 makes no faster on the target, by `qonnx.roofline`, when the
+            model runs at these sizes of its dynamic dimensions: `{"batch": 8}`. The batch is 1 if not given.
         progress: called after every calibration batch.
 
     Raises:
@@ -197,6 +202,8 @@ def quantize(
         raise DataError(f"recipe {chosen.name} needs calibration data; give some, or take one that needs none: {_FREE}")
     if statistics is not None and not calibrated:
         raise DataError(f"format {chosen.format} measures activations when the model runs, or none: omit statistics")
+    if given is not None and skip_unprofitable is not None:
+        raise RecipeError("skip_unprofitable: a plan decides already which layers stay in float; leave out one of them")
     if given is not None and given.target != consumer.name:
         raise TargetError(f"the plan was made for {given.target}, not for {consumer.name}: make it again, or use that")
     clock = _Clock()
@@ -204,6 +211,7 @@ def quantize(
         prepared, notes, mark = _prepared(model, minimum_opset(chosen))
         clock.lap("prepare")
         held = HoldOut(() if data is None else _stream(prepared, data, max_batches))
+        leave = {} if skip_unprofitable is None else _unprofitable(prepared, chosen, consumer, skip_unprofitable)
         stream = iter(held)
         sample = _first(stream)
         lost = unmatched(prepared.graph, chosen) if given is None else ()
@@ -237,7 +245,7 @@ def quantize(
         file = folder / output.name
         chosen_on, judged = _split(held, sample, calibrated)
         digest = "" if data is None else held.digest
-        job = Job(model, smooth.model, chosen, consumer, sample, chosen_on, digest, file, smooth.plans)
+        job = Job(model, smooth.model, chosen, consumer, sample, chosen_on, digest, file, smooth.plans, leave)
         if given is not None:
             attempt = write(job, without_left_layers(given))
         else:
@@ -264,6 +272,15 @@ def quantize(
         diagnostics=diagnostics,
         smoothing=smooth.reports,
     )
+
+
+def _unprofitable(model: ir.Model, recipe: Recipe, consumer: Target, sizes: Mapping[str, int]) -> dict[str, str]:
+    """The layers that INT8 makes no faster at these sizes, each with the reason."""
+    if consumer.device is None:
+        raise TargetError(f"skip_unprofitable: nothing is known of how fast {consumer.name} is; leave it out")
+    if recipe.format is not Format.QDQ:
+        raise RecipeError(f"skip_unprofitable: weighs layers on INT8, not format {recipe.format}; leave it out")
+    return unprofitable(roofline(model, consumer.device, dims=sizes))
 
 
 def _split(held: HoldOut, sample: list[Batch], calibrated: bool) -> tuple[list[Batch], list[Batch]]:
