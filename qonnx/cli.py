@@ -435,6 +435,53 @@ def engine(
 
 
 @app.command()
+def bench(
+    model: Quantized,
+    data: Data,
+    float_model: Annotated[
+        Path | None,
+        typer.Option("--reference", metavar="MODEL.onnx", help="The float model, to compare with.", show_default=False),
+    ] = None,
+    target: TargetName = "a800",
+    backend: Annotated[
+        str | None, typer.Option(metavar="NAME", help="tensorrt or tensorrt-rtx, see `qonnx engine`.")
+    ] = None,
+    dim: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MIN,USUAL,MAX", help="Sizes that the engine accepts; from the data if not given."),
+    ] = None,
+    float_type: Annotated[
+        str, typer.Option("--float", metavar="TYPE", help="What is not on INT8 computes in fp32, fp16 or bf16.")
+    ] = "fp16",
+    runs: Annotated[int, typer.Option(metavar="N", min=1, help="How often the first batch is run.")] = 200,
+    json: Json = None,
+    max_batches: MaxBatches = 8,
+) -> None:
+    """Measure an engine on the GPU of this machine.
+
+    The first batch is timed, and the outputs of all are compared with ONNX Runtime's. Without a GPU: `qonnx roofline`.
+    """
+    from qonnx.engine.bench import bench as run
+    from qonnx.tables import bench_tables
+
+    _check_distinct([path for path in (model, data, float_model) if path is not None], json)
+    with _writing(json) as write_json, working("building and running"):
+        report = run(
+            model,
+            data,
+            float_model=float_model,
+            target=target,
+            backend=backend,
+            dims=_dims(dim or ()),
+            float_type=float_type,
+            runs=runs,
+            max_batches=max_batches or 8,
+        )
+        write_json(_json(report))
+    _print(bench_tables(report))
+
+
+@app.command()
 def roofline(
     model: Model,
     device: Annotated[str, typer.Option(metavar="NAME|FILE", help="A device such as a800, or a YAML file.")] = "a800",

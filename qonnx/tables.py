@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qonnx.comparison import Comparison, Difference
     from qonnx.diagnostics import Diagnostics
     from qonnx.engine import EngineLayer, EngineReport
+    from qonnx.engine.bench import BenchReport
     from qonnx.engine.inspection import NodeInspection
     from qonnx.pipeline import Result
     from qonnx.plan import QuantPlan
@@ -175,6 +176,28 @@ def _node_rows(nodes: Sequence[NodeInspection], everything: bool) -> list[Text]:
     lines = [Text(), Text("layers, those in float first", _TITLE), *_rows(rows, right=0)]
     rest = len(ordered) - len(shown)
     return [*lines, Text(f"... and {rest} more: --layers lists them all")] if rest else lines
+
+
+def bench_tables(report: BenchReport) -> list[Text]:
+    """How fast the engine is, beside the float model, and how close its outputs are."""
+    speed = f"{report.quantized.p50:.3f} ms a batch"
+    if report.speedup is not None:
+        speed += f", {report.speedup:.2f} times as fast as the float model in {report.quantized.float_type}"
+    capability = ".".join(map(str, report.compute_capability))
+    shapes = ", ".join(f"{name} {_shape(shape)}" for name, shape in report.shapes.items())
+    engines = [("quantized", report.quantized), *([("float", report.reference)] if report.reference else [])]
+    rows = [("p50 ms", "p90", "p95", "p99", "samples/s", "size", "engine")]
+    for name, timing in engines:
+        p50, p90, p95, p99 = (f"{figure:.3f}" for figure in (timing.p50, timing.p90, timing.p95, timing.p99))
+        rows.append((p50, p90, p95, p99, f"{timing.samples_per_second:.0f}", _bytes(timing.bytes), name))
+    lines = [Text(speed, _TITLE), Text(), *_rows(rows, right=6), Text()]
+    lines += [Text(f"on {shapes}; {report.compiler}, compute capability {capability}; without copies to the GPU")]
+    compared = [("ONNX Runtime's", report.against_onnxruntime), ("the float model's", report.against_float)]
+    for whose, differences in compared:
+        if differences:
+            title = f"outputs beside {whose}, on {count(report.batches, 'batch')}"
+            lines += [Text(), Text(title, _TITLE), *_differences(differences)]
+    return lines
 
 
 def roofline_tables(result: Roofline, unprofitable: Mapping[str, str], layers: bool = False) -> list[Text]:

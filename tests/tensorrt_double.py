@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from qonnx.engine.compile_child import compile_model
+from qonnx.engine.execution import RunRequest, run
 from qonnx.engine.protocol import Reply, Request, Step
 
 # The functions of the library that the bindings are linked to, and the names of the library.
@@ -41,6 +42,8 @@ ANSWERS: dict[str, Any] = {
     "ParserError.node": 0,
     "ParserError.node_name": "a",
     "ParserError.node_operator": "Relu",
+    "ICudaEngine.num_io_tensors": 2,
+    "IExecutionContext.get_tensor_shape": (4, 8),
     "EngineInspector.get_engine_information": '{"Layers": [{"Name": "a", "LayerType": "gemm"}]}',
 }
 
@@ -127,7 +130,16 @@ class Library:
         kind = kind.rpartition("::")[2]
         if kind in ("int", "SupportsInt"):
             return isinstance(value, int) and not isinstance(value, bool)
-        simple = {"bool": bool, "str": str, "float": float, "buffer": bytes, "Buffer": bytes, "object": object}
+        simple = {
+            "bool": bool,
+            "str": str,
+            "float": float,
+            "buffer": bytes,
+            "Buffer": bytes,
+            "object": object,
+            "tuple": tuple,
+            "list": list,
+        }
         if kind in simple:
             return isinstance(value, simple[kind])
         if kind == "Dims" or "[" in kind:
@@ -136,9 +148,15 @@ class Library:
             return bool(value._name == kind)
         return isinstance(value, getattr(self.bindings, kind))
 
-    def result(self, name: str, kind: str) -> Any:
+    def result(self, name: str, kind: str, argument: Any = None) -> Any:
         if name in self.answers:
             return self.answers[name]
+        if name == "ICudaEngine.get_tensor_name":
+            return "xy"[argument]
+        if name == "ICudaEngine.get_tensor_mode":
+            return self.bindings.TensorIOMode.INPUT if argument == "x" else self.bindings.TensorIOMode.OUTPUT
+        if name == "ICudaEngine.get_tensor_dtype":
+            return self.bindings.DataType.FLOAT
         kind = kind.rpartition(".")[2].rpartition("::")[2]
         if kind == "IHostMemory":
             return b"engine"  # which has the buffer interface, as bytes do
@@ -187,7 +205,9 @@ class Double:
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             kind = library.check(where, found, (self, *arguments), keywords)
-            return library.build() if name == "build_serialized_network" else library.result(where, kind)
+            if name == "build_serialized_network":
+                return library.build()
+            return library.result(where, kind, *arguments[:1])
 
         return call
 
@@ -213,18 +233,42 @@ def _shown(value: Any) -> str:
     return str(getattr(value, "name", "")) or repr(value)
 
 
-class _Memory:
+class FakeDevice:
+    """A GPU whose engine gives back what it is fed, and takes one millisecond for it."""
+
+    def __init__(self) -> None:
+        self.fed: Any = None
+        self.enqueued = 0
+
     def put(self, name: str, array: Any) -> int:
-        return id(array)
+        self.fed = array
+        return 4096
+
+    def reserve(self, name: str, size: int) -> int:
+        assert size == 4 * 8 * 4
+        return 8192
+
+    def get(self, name: str, into: Any) -> None:
+        into[:] = self.fed
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        assert name.startswith("cuda")
+        return {"cudaEventElapsedTime": 1.0}.get(name, 7)
 
 
 def main() -> None:
     parses, builds = (word not in sys.argv for word in ("--unparsable", "--unbuildable"))
     bindings = load(Path(sys.argv[1]))
+    if "--run" in sys.argv:
+        library = Library(bindings)
+        ran = run(library, msgspec.json.decode(sys.stdin.buffer.read(), type=RunRequest), FakeDevice())
+        sys.stdout.buffer.write(msgspec.json.encode((ran, library.calls)))
+        sys.stdout.flush()
+        os._exit(0)
     transcripts = []
     for request in msgspec.json.decode(sys.stdin.buffer.read(), type=list[Request]):
         library, steps = Library(bindings, parses, builds), list[Step]()
-        reply = compile_model(library, request, steps.append, _Memory())
+        reply = compile_model(library, request, steps.append, FakeDevice())
         transcripts.append(Transcript(reply, steps, library.calls))
     sys.stdout.buffer.write(msgspec.json.encode(transcripts))
     sys.stdout.flush()

@@ -892,7 +892,8 @@ def test_a_command_under_nohup_goes_on_when_the_terminal_is_closed(folder: Path)
 
 # --- help -----------------------------------------------------------------------------------------------------------
 
-COMMANDS = ["export", "calibrate", "quantize", "compare", "engine", "roofline", "lint", "inspect", "recipes", "view"]
+COMMANDS = ["export", "calibrate", "quantize", "compare", "engine", "bench", "roofline", "lint", "inspect"]
+COMMANDS += ["recipes", "view"]
 
 
 def test_help_lists_the_commands_in_whole_sentences(qonnx_: Qonnx) -> None:

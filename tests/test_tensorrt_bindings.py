@@ -1,5 +1,6 @@
 """The driver uses nothing that the Python bindings of TensorRT 8.6, 10 and 11 do not have: the real ones are asked."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from models.fetch import wheel
+from qonnx.engine.execution import RunReply, RunRequest
 from qonnx.engine.protocol import Calibration, Profile, Refusal, Request, Step
 from qonnx.engine.settings import Backend, Calibrator, FloatType, Settings
 from tests.tensorrt_double import Transcript
@@ -21,6 +23,7 @@ WHEELS = {
     "10.16": ("tensorrt-cu12-bindings", "10.16.1.11"),
     "11.4": ("tensorrt-cu12-bindings", "11.4.0.106"),
 }
+CUDA = (("cuda-bindings", "13.5.0"), ("cuda-pathfinder", "1.9.0"))
 PROFILES: dict[str, Profile] = {"x": ((1, 8), (4, 8), (16, 8))}
 
 
@@ -138,3 +141,50 @@ def test_the_double_refuses_what_the_bindings_lack(tmp_path: Path) -> None:
         driven("11.4", tmp_path, calibration=Calibration(Calibrator.ENTROPY_2, cache="TRT-..."))
     with pytest.raises(AssertionError, match="WEIGHT_STREAMING"):
         driven("8.6.1", tmp_path, settings=Settings(weight_streaming=True))
+
+
+@pytest.mark.parametrize("version", WHEELS)
+def test_an_engine_runs(version: str, tmp_path: Path) -> None:
+    batch = np.arange(32, dtype=np.float32).reshape(4, 8)
+    np.savez(tmp_path / "batch.npz", x=batch)
+    (tmp_path / "net.plan").write_bytes(b"engine")
+    files = (str(tmp_path / "batch.npz"),)
+    request = RunRequest(Backend.TENSORRT, str(tmp_path / "net.plan"), files, str(tmp_path), warmup=2, runs=5)
+    command = [sys.executable, "-m", "tests.tensorrt_double", str(wheel(*WHEELS[version])), "--run"]
+    done = subprocess.run(command, input=msgspec.json.encode(request), capture_output=True, check=False)
+    assert done.stdout, done.stderr.decode()
+    reply, calls = msgspec.json.decode(done.stdout, type=tuple[RunReply, list[str]])
+    assert reply == RunReply((1.0,) * 5, 1.0)
+    assert "IExecutionContext.set_input_shape('x', (4, 8))" in calls
+    assert {"IExecutionContext.set_tensor_address('x', 4096)", "IExecutionContext.set_tensor_address('y', 8192)"} <= {
+        *calls
+    }
+    assert calls.count("IExecutionContext.execute_async_v3(7)") == 1 + 2 + 5 + 5
+    np.testing.assert_array_equal(np.load(tmp_path / "0.npz")["y"], batch)
+
+
+def test_the_cuda_runtime_is_called_as_it_wants_to_be(tmp_path: Path) -> None:
+    """Without a driver it checks its arguments, and answers with an error."""
+    code = """
+import numpy as np
+from qonnx.engine.device_memory import DeviceMemory
+from qonnx.errors import EngineError
+device = DeviceMemory()
+device._held["x"] = (4096, 64)
+for call in (
+    lambda: device.put("x", np.zeros(8)), lambda: device.put("new", np.zeros(8)), lambda: device.get("x", np.zeros(8)),
+    lambda: device.call("cudaStreamCreate"), lambda: device.call("cudaEventCreate"), lambda: device.call("cudaFree", 8),
+    lambda: device.call("cudaStreamSynchronize", 0), lambda: device.call("cudaEventRecord", 0, 0),
+    lambda: device.call("cudaEventSynchronize", 0), lambda: device.call("cudaEventElapsedTime", 0, 0),
+):
+    try:
+        call()
+    except EngineError as error:
+        print(error)
+"""
+    paths = [Path(__file__).parents[1], *(wheel(*each) for each in CUDA)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 10
+    assert all(" failed on the GPU: cudaError" in line for line in done.stdout.splitlines())

@@ -124,9 +124,9 @@ def build_engine(
         EngineError: the compiler refuses the graph, crashes or takes too long; or a dynamic dimension has no sizes.
     """
     consumer = target_named(target)
-    wanted = None if backend is None else _member(Backend, backend, "backend")
+    wanted = None if backend is None else member(Backend, backend, "backend")
     capability = capability_of(consumer)
-    short = _member(FloatType, float_type, "float_type")
+    short = member(FloatType, float_type, "float_type")
     loaded = load(model)
     implicit = calibrator is not None or calibration_cache is not None
     if calibrator is not None and calibration_cache is None and data is None:
@@ -147,7 +147,7 @@ def build_engine(
         if calibration_cache is not None:
             calibration = from_cache(calibration_cache, compiler)
         elif calibrator is not None:
-            calibration = from_batches(loaded, data, _member(Calibrator, calibrator, "calibrator"), Path(scratch))
+            calibration = from_batches(loaded, data, member(Calibrator, calibrator, "calibrator"), Path(scratch))
         source = Path(model)
         if short is not FloatType.FP32 and compiler.strongly_typed and not implicit:
             source = _in_short_floats(loaded, short, Path(scratch) / "model.onnx")
@@ -180,7 +180,12 @@ def build_engine(
     )
 
 
-def _member(kind: type[_Enum], value: str, what: str) -> _Enum:
+def member(kind: type[_Enum], value: str, what: str) -> _Enum:
+    """A value of an enumeration, from its word.
+
+    Raises:
+        EngineError: there is none of that word.
+    """
     try:
         return kind(value)
     except ValueError:

@@ -17,11 +17,11 @@ from typing import Any
 
 import msgspec
 
+from qonnx.engine.execution import MODULES
 from qonnx.engine.implicit import Memory, make_calibrator
 from qonnx.engine.protocol import Refusal, Reply, Request, Step
 from qonnx.engine.settings import Backend, FloatType
 
-_MODULES = {Backend.RTX: "tensorrt_rtx", Backend.TENSORRT: "tensorrt"}
 _MIB = 1 << 20
 
 
@@ -269,7 +269,7 @@ def main() -> None:
             from qonnx.engine.device_memory import DeviceMemory
 
             memory = DeviceMemory()
-        say(compile_model(importlib.import_module(_MODULES[request.backend]), request, say, memory))
+        say(compile_model(importlib.import_module(MODULES[request.backend]), request, say, memory))
 
 
 if __name__ == "__main__":
