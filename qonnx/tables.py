@@ -189,7 +189,7 @@ def bench_tables(report: BenchReport) -> list[Text]:
     rows = [("p50 ms", "p90", "p95", "p99", "samples/s", "size", "engine")]
     for name, timing in engines:
         p50, p90, p95, p99 = (f"{figure:.3f}" for figure in (timing.p50, timing.p90, timing.p95, timing.p99))
-        rows.append((p50, p90, p95, p99, f"{timing.samples_per_second:.0f}", _bytes(timing.bytes), name))
+        rows.append((p50, p90, p95, p99, f"{timing.samples_per_second:.0f}", size_text(timing.bytes), name))
     lines = [Text(speed, _TITLE), Text(), *_rows(rows, right=6), Text()]
     lines += [Text(f"on {shapes}; {report.compiler}, compute capability {capability}; without copies to the GPU")]
     compared = [("ONNX Runtime's", report.against_onnxruntime), ("the float model's", report.against_float)]
