@@ -444,7 +444,7 @@ def bench(
     ] = None,
     target: TargetName = "a800",
     backend: Annotated[
-        str | None, typer.Option(metavar="NAME", help="tensorrt or tensorrt-rtx, see `qonnx engine`.")
+        str | None, typer.Option(metavar="NAME", help="The compiler, see `qonnx engine`.")
     ] = None,
     dim: Annotated[
         list[str] | None,

@@ -340,7 +340,7 @@ def _warnings(warnings: Iterable[str]) -> Iterator[Text]:
 
 def _rows(rows: Sequence[tuple[str, ...]], right: int) -> list[Text]:
     """Columns under one another, the first `right` of them flush right; the last is as long as it likes."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
     lines = []
     for row in rows:
         cells = [
