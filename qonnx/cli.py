@@ -443,9 +443,7 @@ def bench(
         typer.Option("--reference", metavar="MODEL.onnx", help="The float model, to compare with.", show_default=False),
     ] = None,
     target: TargetName = "a800",
-    backend: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The compiler, see `qonnx engine`.")
-    ] = None,
+    backend: Annotated[str | None, typer.Option(metavar="NAME", help="The compiler, see `qonnx engine`.")] = None,
     dim: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=MIN,USUAL,MAX", help="Sizes that the engine accepts; from the data if not given."),
