@@ -1,5 +1,6 @@
 """One pass over the data: in every form, in parts, interrupted, and the same in the end."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,15 @@ MODEL = (
 )
 
 Batches = list[dict[str, np.ndarray]]
+
+
+def assert_same(parts: Statistics, whole: Statistics) -> None:
+    """Equal; sums of squares within the rounding of float64, as they depend on the order of additions."""
+    tensors = dict(parts.tensors)
+    for name, tensor in whole.tensors.items():
+        np.testing.assert_allclose(tensors[name].sum_squares, tensor.sum_squares, rtol=1e-12)
+        tensors[name] = dataclasses.replace(tensors[name], sum_squares=tensor.sum_squares)
+    assert_equal(dataclasses.replace(parts, tensors=tensors), whole)
 
 
 def made(seed: int = 0) -> ir.Model:
@@ -82,11 +92,11 @@ FORMS: dict[str, tuple[Callable[[Path], Any], int | None]] = {
 def test_every_form_of_data_gives_the_same(form: str, tmp_path: Path, whole: Statistics) -> None:
     make, total = FORMS[form]
     told: list[Progress] = []
-    assert_equal(qonnx.calibrate(made(), make(tmp_path), progress=told.append), whole)
+    assert_same(qonnx.calibrate(made(), make(tmp_path), progress=told.append), whole)
     assert [(p.batches, p.total) for p in told] == [(number, total) for number in range(1, 13)]
     told.clear()
     first = qonnx.calibrate(made(), make(tmp_path), max_batches=5, progress=told.append)
-    assert_equal(first, qonnx.calibrate(made(), data()[:5]))
+    assert_same(first, qonnx.calibrate(made(), data()[:5]))
     assert told[-1].total == (None if total is None else 5)
 
 
@@ -126,8 +136,8 @@ def test_an_interrupted_run_is_gone_on_with(after: int, tmp_path: Path, whole: S
     part = caught.value.statistics
     assert after <= part.batches <= 12
     part.save(tmp_path / "part.npz")
-    assert_equal(qonnx.calibrate(made(), data(), resume=tmp_path / "part.npz"), whole)
-    assert_equal(qonnx.calibrate(made(), data(), resume=part), whole)
+    assert_same(qonnx.calibrate(made(), data(), resume=tmp_path / "part.npz"), whole)
+    assert_same(qonnx.calibrate(made(), data(), resume=part), whole)
 
 
 def test_interrupted_twice(whole: Statistics) -> None:
@@ -142,7 +152,7 @@ def test_interrupted_twice(whole: Statistics) -> None:
         part = caught.value.statistics
     assert part is not None
     assert part.batches == 9
-    assert_equal(qonnx.calibrate(made(), data(), resume=part), whole)
+    assert_same(qonnx.calibrate(made(), data(), resume=part), whole)
 
 
 def test_parts_merge_into_the_whole(tmp_path: Path, whole: Statistics) -> None:
@@ -151,9 +161,9 @@ def test_parts_merge_into_the_whole(tmp_path: Path, whole: Statistics) -> None:
     for number, part in enumerate(parts):
         qonnx.calibrate(made(), part).save(tmp_path / f"{number}.npz")
     files = [tmp_path / f"{number}.npz" for number in range(3)]
-    assert_equal(qonnx.calibrate(made(), merge=files), whole)
-    assert_equal(qonnx.calibrate(made(), parts[2], merge=files[:2]), whole)
-    assert_equal(functools.reduce(Statistics.merge, map(Statistics.load, files)), whole)
+    assert_same(qonnx.calibrate(made(), merge=files), whole)
+    assert_same(qonnx.calibrate(made(), parts[2], merge=files[:2]), whole)
+    assert_same(functools.reduce(Statistics.merge, map(Statistics.load, files)), whole)
     shuffled = qonnx.calibrate(made(), merge=files[::-1])
     assert shuffled.data == whole.data
 
