@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -38,6 +39,30 @@ _LIMIT = 1e3
 
 _SWEEPS = 20
 _SETTLED = 1e-3
+
+
+class NoEqualization(msgspec.Struct, frozen=True, tag_field="kind", tag="none", forbid_unknown_fields=True):
+    """Neither factors nor offsets."""
+
+
+class Equalization(msgspec.Struct, frozen=True, tag_field="kind", tag="always", forbid_unknown_fields=True):
+    """See the module docstring, and `qonnx.passes.shift_range`; `qonnx.equalization` decides.
+
+    Attributes:
+        factors: whether channels are made equally wide.
+        shift: whether tensors are moved to the middle of their range.
+        pad: whether a convolution that pads with zeros may get a Pad in front of it, so that what it reads can move.
+        nodes: whether a group may cost a Mul, or a Sub or Add, at run time.
+    """
+
+    factors: bool = True
+    shift: bool = True
+    pad: bool = False
+    nodes: bool = True
+
+
+class AutoEqualization(Equalization, frozen=True, tag_field="kind", tag="auto", forbid_unknown_fields=True):
+    """The same, kept where the outputs gain by it."""
 
 
 def is_depthwise(linear: Linear) -> bool:

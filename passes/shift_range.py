@@ -9,9 +9,7 @@ the codes of a signed type are never used. The same network with another tensor 
 which is worth up to 6 dB. It is the exact form of "absorbing high biases" (Nagel et al. 2019, "Data-Free
 Quantization", section 4.1.3), which moves offsets that an activation function never cuts off.
 
-One offset for all channels where an activation function or padding compares with a number, otherwise one for each. An
-offset is made for the range that loses least, rounding and clipping together: the middle of the extremes would be the
-wrong one for a tensor with few large elements.
+One offset for all channels where an activation function or padding compares with a number, otherwise one for each.
 """
 
 from __future__ import annotations
@@ -22,16 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qonnx.numerics import Dtype, PerTensor, fake_quantize, scale_and_zero_point
-
 Vector = npt.NDArray[np.float64]
-
-# Fractions of the observed range that offsets are made for, and of the largest magnitude that grids end at: a quarter
-# of an octave apart, down to a quarter.
-_FRACTIONS = 2.0 ** (-np.arange(9) / 4)
-
-# Elements that candidates are measured on, evenly spaced.
-_ELEMENTS = 1 << 14
 
 
 class Offset(NamedTuple):
@@ -39,52 +28,34 @@ class Offset(NamedTuple):
 
     Attributes:
         shift: [channels] z, in units of the tensor.
-        gain_db: how much better the tensor survives a symmetric grid, each with the best range.
+        gain_db: how much finer the steps of a symmetric grid become.
     """
 
     shift: Vector
     gain_db: float
 
 
-def best_offset(
-    x: npt.NDArray[np.float32], low: Vector, high: Vector, dtype: Dtype = Dtype.INT8, *, alike: bool
-) -> Offset:
-    """The offset with which a symmetric grid loses least.
+def middle(low: Vector, high: Vector, *, alike: bool) -> Offset:
+    """The offset that leaves the smallest range around zero.
 
     Args:
-        x: [rows, channels] samples of the tensor.
         low: [channels] the smallest element of each channel; a channel without elements has low > high.
         high: [channels] the largest.
-        dtype: type of the codes.
         alike: whether all channels need the same offset.
 
-    >>> x = np.linspace(0, 6, 601, dtype=np.float32)[:, None]
-    >>> offset = best_offset(x, np.zeros(1), np.full(1, 6.0), alike=True)
-    >>> offset.shift, round(offset.gain_db)
-    (array([3.]), 6)
+    >>> offset = middle(np.array([0.0, 0.0]), np.array([6.0, 1.0]), alike=True)
+    >>> offset.shift, round(offset.gain_db, 2)
+    (array([3., 3.]), 6.02)
     """
-    low, high = np.where(low > high, 0.0, low), np.where(low > high, 0.0, high)
-    x = x[:: max(1, x.size // _ELEMENTS)]
-    if alike:
-        middle = float(low.min() + high.max()) / 2
-        candidates = [np.full(low.shape, fraction * middle) for fraction in _FRACTIONS]
-    else:
-        candidates = [(low + high) / 2]
-    errors = [_error((x - shift).astype(np.float32), low - shift, high - shift, dtype) for shift in candidates]
-    least = int(np.argmin(errors))
-    before = _error(x, low, high, dtype)
-    if not errors[least] < before:
-        return Offset(np.zeros(low.shape), 0.0)
-    gain = 10 * math.log10(before / errors[least]) if errors[least] > 0 else math.inf
-    return Offset(candidates[least], gain)
-
-
-def _error(x: npt.NDArray[np.float32], low: Vector, high: Vector, dtype: Dtype) -> float:
-    """The least sum of squared errors over all ranges of a symmetric grid."""
-    reach = float(max(-low.min(), high.max()))
-    losses = []
-    for fraction in _FRACTIONS:
-        scale, zero_point = scale_and_zero_point(-fraction * reach, fraction * reach, dtype, symmetric=True)
-        error = fake_quantize(x, scale, zero_point, dtype, PerTensor()) - x
-        losses.append(float(np.vdot(error, error)))
-    return min(losses)
+    seen = low <= high
+    shift = np.zeros(low.shape)
+    if not seen.any():
+        return Offset(shift, 0.0)
+    low, high = low[seen], high[seen]
+    centre = (low.min() + high.max()) / 2 if alike else (low + high) / 2
+    before = max(-low.min(), high.max())
+    after = max(-(low - centre).min(), (high - centre).max())
+    if not after < before:
+        return Offset(shift, 0.0)
+    shift[... if alike else seen] = centre
+    return Offset(shift, 20 * math.log10(before / after) if after > 0 else math.inf)

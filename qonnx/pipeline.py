@@ -29,6 +29,7 @@ from qonnx.errors import DataError, ModelError, OutputError, RecipeError, Target
 from qonnx.fingerprint import fingerprint
 from qonnx.graph import all_graphs, is_float, load, parameters, publish, staging
 from qonnx.observation import Progress, observe
+from qonnx.passes.equalize import NoEqualization
 from qonnx.passes.prepare import prepare
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, without_left_layers
@@ -38,8 +39,8 @@ from qonnx.roofline import roofline, unprofitable
 from qonnx.rules import unmatched
 from qonnx.runtime import Device, input_specs
 from qonnx.sensitivity import LayerCost
-from qonnx.smooth_choice import Smoothed, apply, smoothed
-from qonnx.smoothing import AutoSmoothing, GroupReport, NoSmoothing
+from qonnx.smooth_choice import AUTOMATIC, Smoothed, apply, smoothed
+from qonnx.smoothing import GroupReport, NoSmoothing
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
 from qonnx.targets import target as find_target
@@ -266,7 +267,7 @@ def quantize(
         quantized_bytes=attempt.bytes,
         lookup_bytes=_lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
-        notes=(*notes, *([smooth.note] if smooth.note else [])),
+        notes=(*notes, *smooth.notes),
         warnings=(*lost, *_warnings(attempt, comparison, held, chosen, calibrated, smooth.warning)),
         costs=attempt.costs,
         diagnostics=diagnostics,
@@ -347,13 +348,14 @@ def _first(stream: Iterator[Batch]) -> list[Batch]:
 
 def _unsmoothed(prepared: ir.Model, recipe: Recipe) -> Smoothed:
     """The model as it is, for statistics that were measured on it."""
-    if not isinstance(recipe.smooth, NoSmoothing | AutoSmoothing):
+    methods = [each for each in (recipe.smooth, recipe.equalize) if not isinstance(each, NoSmoothing | NoEqualization)]
+    if not all(isinstance(method, AUTOMATIC) for method in methods):
         raise RecipeError(
             "the statistics are those of the model without smoothing, and the recipe smooths: leave out the "
-            "statistics, or set smooth.kind=none"
+            "statistics, or set smooth.kind=none and equalize.kind=none"
         )
-    reason = "statistics of the model without smoothing were given"
-    return Smoothed(prepared, note="" if isinstance(recipe.smooth, NoSmoothing) else f"not smoothed: {reason}")
+    note = "not smoothed: statistics of the model without smoothing were given"
+    return Smoothed(prepared, notes=(note,) if methods else ())
 
 
 def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tuple[str, ...], str]:

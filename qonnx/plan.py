@@ -82,6 +82,8 @@ class SmoothPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
         scale: one factor per channel.
         shift: one offset per channel, in units of the tensor before; empty when all are 0.
         nodes: whether the group was looked for with nodes at run time allowed.
+        bounds: whether it was looked for with a bound for each channel allowed.
+        pad: whether it was looked for with padding in nodes of its own allowed.
     """
 
     value: str
@@ -89,6 +91,8 @@ class SmoothPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
     scale: tuple[float, ...]
     shift: tuple[float, ...] = ()
     nodes: bool = True
+    bounds: bool = False
+    pad: bool = False
 
 
 class LayerPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -13,6 +13,7 @@ import msgspec
 from qonnx.calibrators import Auto, Average, Calibrator, MinMax, Percentile
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Dtype, PerTensor
+from qonnx.passes.equalize import AutoEqualization, Equalization, NoEqualization
 from qonnx.passes.outlier_suppression import OutlierSuppression
 from qonnx.passes.smooth_quant import SmoothQuant
 from qonnx.roles import Role
@@ -158,6 +159,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: for people and for the metadata of the file that is written.
         smooth: how activations are made flatter before they are observed, at no change of what the model computes.
             `auto` keeps what it finds only where that makes the outputs better.
+        equalize: how channels are made equally wide, and tensors moved to the middle of their range, after that, in
+            the same way.
         weights: how weights are quantized.
         activations: how activations are quantized.
         attention: whether the two products inside attention (queries by keys, probabilities by values) are quantized.
@@ -175,6 +178,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str = "int8"
     smooth: Smoothing = AutoSmoothing()
+    equalize: NoEqualization | Equalization | AutoEqualization = AutoEqualization()
     weights: Weights = Weights()
     activations: Activations = Activations()
     attention: bool = True
@@ -202,7 +206,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe(name="int8-average", activations=Activations(calibrator=Average())),
     Recipe(name="int8-smoothquant", smooth=SmoothQuant()),
     Recipe(name="int8-os+", smooth=OutlierSuppression()),
-    Recipe(name="int8-unsmoothed", smooth=NoSmoothing()),
+    Recipe(name="int8-unsmoothed", smooth=NoSmoothing(), equalize=NoEqualization()),
     Recipe(
         name="fp8",
         weights=Weights(Dtype.FLOAT8E4M3FN),

@@ -7,9 +7,10 @@ All other statistics are measured on the model that this returns.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -18,6 +19,7 @@ import onnx_ir as ir
 from qonnx.bias_correction import correct_biases
 from qonnx.calibrators import Average
 from qonnx.comparison import difference
+from qonnx.equalization import equalize
 from qonnx.errors import RecipeError
 from qonnx.formats import insert
 from qonnx.group_error import Quantizers, Vector, channel_axes
@@ -25,6 +27,7 @@ from qonnx.group_samples import collect_inputs
 from qonnx.groups import Residual, SmoothGroup, find_groups
 from qonnx.numerics import Dtype, PerTensor
 from qonnx.observation import observe
+from qonnx.passes.equalize import AutoEqualization, Equalization, NoEqualization
 from qonnx.passes.infer_shapes import InferShapes
 from qonnx.passes.rescale_channels import RescaleChannels, Rescaling
 from qonnx.placement import candidates, place
@@ -33,7 +36,7 @@ from qonnx.ranges import calibrated
 from qonnx.rebatch import Batch
 from qonnx.recipe import Format, Recipe
 from qonnx.runtime import session
-from qonnx.smoothing import AutoSmoothing, GroupReport, NoSmoothing, decide
+from qonnx.smoothing import AutoSmoothing, GroupReport, Method, NoSmoothing, decide
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
 
@@ -44,6 +47,9 @@ _WORTH_IT_DB = 0.25
 # the widest were: their extremes must be known. So many rows (tokens, pixels) of a tensor are enough.
 _FEWEST_ROWS = 512
 
+# Methods that are kept where the outputs gain by them.
+AUTOMATIC = (AutoSmoothing, AutoEqualization)
+
 
 @dataclass(frozen=True)
 class Smoothed:
@@ -53,21 +59,39 @@ class Smoothed:
         model: the prepared model; the same object where nothing was done.
         plans: what was done, to be done again from a plan.
         reports: every group, in graph order.
-        note: how it went, or "".
+        notes: how it went, a line for each method.
         warning: that nothing could be done although it was asked for, or "".
+        keeps_db: what the worst output keeps of the model in integers, where that was measured.
     """
 
     model: ir.Model
     plans: tuple[SmoothPlan, ...] = ()
     reports: tuple[GroupReport, ...] = ()
-    note: str = ""
+    notes: tuple[str, ...] = ()
     warning: str = ""
+    keeps_db: float | None = None
+
+    def then(
+        self, model: ir.Model, plans: tuple[SmoothPlan, ...], reports: tuple[GroupReport, ...], note: str
+    ) -> Smoothed:
+        """This, and what one more method did."""
+        return Smoothed(model, self.plans + plans, self.reports + reports, (*self.notes, note), self.warning)
+
+    def unchanged(self, method: Method | Equalization, reports: tuple[GroupReport, ...], why: str) -> Smoothed:
+        """This, and that a method found nothing to do: worth a warning where the recipe names it."""
+        automatic = isinstance(method, AUTOMATIC)
+        return replace(
+            self,
+            reports=self.reports + reports,
+            notes=(*self.notes, why) if automatic else self.notes,
+            warning=self.warning if automatic else "; ".join(filter(None, (self.warning, why))),
+        )
 
 
 def smoothed(
     model: ir.Model, recipe: Recipe, target: Target, sample: Sequence[Batch], choose: Sequence[Batch]
 ) -> Smoothed:
-    """Smooths a model as a recipe says.
+    """Smooths a model as a recipe says, and equalizes it then.
 
     Args:
         model: prepared; it is not changed.
@@ -79,41 +103,67 @@ def smoothed(
     Raises:
         RecipeError: the recipe smooths, but its format does not measure activations beforehand.
     """
-    method = recipe.smooth
-    if isinstance(method, NoSmoothing):
-        return Smoothed(model)
-    if not recipe.format.calibrated:
-        if isinstance(method, AutoSmoothing):
-            return Smoothed(model)
-        raise RecipeError(f"format {recipe.format} fits its scales when the model runs: smooth with qdq or qoperator")
-    groups = _groups(model, method.nodes)
+    result = Smoothed(model)
+    for method in (recipe.smooth, recipe.equalize):
+        if isinstance(method, NoSmoothing | NoEqualization):
+            continue
+        if recipe.format.calibrated:
+            result = _next(result, method, recipe, target, sample, choose)
+        elif not isinstance(method, AUTOMATIC):
+            word = "equalize" if isinstance(method, Equalization) else "smooth"
+            raise RecipeError(
+                f"format {recipe.format} fits its scales when the model runs: {word} with qdq or qoperator"
+            )
+    return result
+
+
+def _next(
+    before: Smoothed,
+    method: Method | Equalization,
+    recipe: Recipe,
+    target: Target,
+    sample: Sequence[Batch],
+    choose: Sequence[Batch],
+) -> Smoothed:
+    """What one more method makes of a model."""
+    model, quantizers = before.model, _quantizers(recipe, target)
+    look = _Look.of(method)
     draft = place(model, recipe, target)
     quantized = {layer.node for layer in draft.layers if not layer.reason}
+    groups = look.groups(model)
     groups = tuple(group for group in groups if any(one.linear.node.name in quantized for one in group.consumers))
-    quantizers = _quantizers(recipe, target)
+    verb = "equalized" if isinstance(method, Equalization) else "smoothed"
     if all(group.reason for group in groups):
-        reports = decide(groups, method, Statistics({}), {}, quantizers)[1]
+        reports = decide(groups, AutoSmoothing(), Statistics({}), {}, quantizers)[1]
         reason = reports[0].reason if reports else "no quantized layer reads channels"
-        return _unchanged(model, recipe, reports, f"nothing can be smoothed: {reason}")
+        return before.unchanged(method, reports, f"nothing can be {verb}: {reason}")
     axes = channel_axes(groups)
     values = [value for value in candidates(draft) if value not in draft.probabilities]
     statistics = observe(model, [*dict.fromkeys([*axes, *values])], sample, channel_axes=axes)
     samples = collect_inputs(model, groups, sample)
-    leave = _little_known(groups, statistics) if isinstance(method, AutoSmoothing) else {}
-    rescalings, reports = decide(groups, method, statistics, samples, quantizers, quantized, leave)
-    plans = tuple(_plan(rescaling, method.nodes) for rescaling in rescalings)
+    leave = _little_known(groups, statistics) if isinstance(method, AUTOMATIC) else {}
+    if isinstance(method, Equalization):
+        rescalings, reports = equalize(groups, method, statistics, samples, quantizers, quantized, leave)
+    else:
+        rescalings, reports = decide(groups, method, statistics, samples, quantizers, quantized, leave)
+    plans = tuple(look.plan(rescaling) for rescaling in rescalings)
     if not plans:
-        return _unchanged(model, recipe, reports, "smoothing changed nothing: no group of channels gains by it")
+        return before.unchanged(method, reports, f"not {verb}: no group of channels gains by it")
     changed = apply(model, plans)
-    note = f"smoothed {len(plans)} of {len(reports)} groups of channels"
-    if not isinstance(method, AutoSmoothing):
-        return Smoothed(changed, plans, reports, note)
+    note = f"{verb} {len(plans)} of {len(reports)} groups of channels"
+    if not isinstance(method, AUTOMATIC):
+        return before.then(changed, plans, reports, note)
+    keeps = before.keeps_db
+    if keeps is None:
+        keeps = _outputs_keep(model, recipe, target, sample, choose, statistics)
     after = _outputs_keep(changed, recipe, target, sample, choose)
-    gain = after - _outputs_keep(model, recipe, target, sample, choose, statistics)
+    gain = after - keeps
     if gain >= _WORTH_IT_DB:
-        return Smoothed(changed, plans, reports, f"{note}: the outputs keep {gain:.1f} dB more")
-    reports = tuple(_not_kept(report, gain) for report in reports)
-    return Smoothed(model, (), reports, f"not smoothed: the outputs would keep {abs(gain):.1f} dB {_more(gain)}")
+        note = f"{note}: the outputs keep {gain:.1f} dB more"
+        return replace(before.then(changed, plans, reports, note), keeps_db=after)
+    reports = tuple(_not_kept(report, verb, gain) for report in reports)
+    note = f"not {verb}: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
+    return replace(before.then(model, (), reports, note), keeps_db=keeps)
 
 
 def _little_known(groups: Sequence[SmoothGroup], statistics: Statistics) -> dict[str, str]:
@@ -128,12 +178,6 @@ def _little_known(groups: Sequence[SmoothGroup], statistics: Statistics) -> dict
     return leave
 
 
-def _unchanged(model: ir.Model, recipe: Recipe, reports: tuple[GroupReport, ...], why: str) -> Smoothed:
-    """The model as it is, which is worth a warning where the recipe names a method."""
-    automatic = isinstance(recipe.smooth, AutoSmoothing)
-    return Smoothed(model, (), reports, note=why if automatic else "", warning="" if automatic else why)
-
-
 def apply(model: ir.Model, plans: Sequence[SmoothPlan]) -> ir.Model:
     """A copy of a prepared model with the factors and offsets of a plan folded in.
 
@@ -142,27 +186,47 @@ def apply(model: ir.Model, plans: Sequence[SmoothPlan]) -> ir.Model:
         ModelError: a factor or an offset cannot be folded in.
     """
     copy = model.clone()
-    found = {nodes: {group.value: group for group in _groups(copy, nodes)} for nodes in {plan.nodes for plan in plans}}
-    rescalings = []
-    for plan in plans:
-        group = found[plan.nodes].get(plan.value)
-        if group is None:
-            raise RecipeError(f"the plan smooths {plan.value!r}, which this model lacks: it was made for another model")
-        scale = np.array(plan.scale, np.float64)
-        shift = np.array(plan.shift, np.float64) if plan.shift else None
-        rescalings.append(Rescaling(group, scale, shift, plan.method))
-    RescaleChannels(tuple(rescalings))(copy)
-    InferShapes()(copy)
+    for look, together in itertools.groupby(plans, _Look.of):
+        found = {group.value: group for group in look.groups(copy)}
+        rescalings = []
+        for plan in together:
+            if plan.value not in found:
+                missing = f"the plan smooths {plan.value!r}, which this model lacks"
+                raise RecipeError(f"{missing}: it was made for another model")
+            scale = np.array(plan.scale, np.float64)
+            shift = np.array(plan.shift, np.float64) if plan.shift else None
+            rescalings.append(Rescaling(found[plan.value], scale, shift, plan.method))
+        RescaleChannels(tuple(rescalings))(copy)
+        InferShapes()(copy)
     return copy
 
 
-def _groups(model: ir.Model, nodes: bool) -> tuple[SmoothGroup, ...]:
-    return find_groups(model, residual=Residual.MUL if nodes else Residual.REFUSE, explicit=nodes)
+@dataclass(frozen=True)
+class _Look:
+    """What groups may cost: plans of one method have it in common, and it tells those of two methods apart."""
 
+    nodes: bool
+    bounds: bool
+    pad: bool
 
-def _plan(rescaling: Rescaling, nodes: bool) -> SmoothPlan:
-    shift = _floats(rescaling.offset) if rescaling.offset.any() else ()
-    return SmoothPlan(rescaling.group.value, rescaling.method, _floats(rescaling.scale), shift, nodes)
+    @staticmethod
+    def of(what: SmoothPlan | Method | Equalization) -> _Look:
+        if isinstance(what, SmoothPlan):
+            return _Look(what.nodes, what.bounds, what.pad)
+        equalizes = isinstance(what, Equalization)
+        return _Look(what.nodes, equalizes, isinstance(what, Equalization) and what.pad)
+
+    def groups(self, model: ir.Model) -> tuple[SmoothGroup, ...]:
+        # Equalization would rather have its own node behind x * sigmoid(x) than reach back to x and repair the Sigmoid.
+        residual = Residual.MUL if self.nodes and not self.bounds else Residual.REFUSE
+        return find_groups(model, residual=residual, explicit=self.nodes, pad=self.pad, bounds=self.bounds)
+
+    def plan(self, rescaling: Rescaling) -> SmoothPlan:
+        shift = _floats(rescaling.offset) if rescaling.offset.any() else ()
+        scale = _floats(rescaling.scale)
+        return SmoothPlan(
+            rescaling.group.value, rescaling.method, scale, shift, self.nodes, bounds=self.bounds, pad=self.pad
+        )
 
 
 def _floats(vector: Vector) -> tuple[float, ...]:
@@ -170,10 +234,10 @@ def _floats(vector: Vector) -> tuple[float, ...]:
     return tuple(float(str(value)) for value in vector.astype(np.float32))
 
 
-def _not_kept(report: GroupReport, gain: float) -> GroupReport:
+def _not_kept(report: GroupReport, verb: str, gain: float) -> GroupReport:
     if not report.method:
         return report
-    reason = f"{report.method}: with all groups smoothed, the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
+    reason = f"{report.method}: with all groups {verb}, the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
     return msgspec.structs.replace(report, changed=0, method="", parameter=None, nodes=0, reason=reason)
 
 

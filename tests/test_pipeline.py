@@ -142,7 +142,7 @@ def test_smoothing_needs_no_layer_in_float(tmp_path: Path) -> None:
     result = qonnx.quantize(spoiled_model(), data(rows=128), output)
     assert not result.plan.float_layers
     assert result.comparison.outputs[0].sqnr_db > 25
-    assert {report.value: bool(report.method) for report in result.smoothing}["m"]
+    assert any(report.method for report in result.smoothing if report.value == "m")
     assert result.plan.smoothing
     qonnx.quantize(spoiled_model(), data(rows=128), tmp_path / "again.onnx", plan=result.plan)
     assert output.read_bytes() == (tmp_path / "again.onnx").read_bytes()
