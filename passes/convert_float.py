@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from qonnx.graph import Names, constant, is_initializer, subgraphs
 from qonnx.passes.infer_shapes import InferShapes
@@ -49,9 +50,10 @@ class ConvertFloat(ir.passes.InPlacePass):
         Raises:
             ModelError: the graph cannot be raised to an opset that has the type, or its types cannot be inferred.
         """
+        brain = self.dtype == ir.DataType.BFLOAT16
+        raised = RaiseOpset(_BFLOAT16_OPSET if brain else _SCALE_OPSET)(model).modified
+        raised |= bool(LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified)
         InferShapes()(model)
-        short = self.dtype == ir.DataType.BFLOAT16
-        raised = RaiseOpset(_BFLOAT16_OPSET if short else _SCALE_OPSET)(model).modified
         return ir.passes.PassResult(model, _Conversion(model, self.dtype).run() or raised)
 
 

@@ -263,3 +263,13 @@ def test_integers_stay_integers_in_the_engine(float_type: str, tmp_path: Path) -
     assert [answer.node for answer in int8_nodes(report.layers, INT8) if not answer.int8] == []
     wanted = HALF if float_type == "fp16" else BRAIN
     assert any(wanted in layer.outputs for layer in report.layers)
+
+
+def test_constants_as_nodes_and_an_old_opset() -> None:
+    text = """net (float[N,4] x) => (float[N,2,2] y) {
+        s = Constant<value_float = 0.03>() z = Constant<value = int8 {0}>() to = Constant<value_ints = [0, 2, 2]>()
+        q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) r = Reshape(d, to) y = Softmax(r) }"""
+    result = converted(model_of(text, opset=13))
+    assert operators(result) == ["Cast", "QuantizeLinear", "DequantizeLinear", "Reshape", "Softmax", "Cast"]
+    assert result.opset_imports[""] == 19
+    assert in_float32(result) == []
