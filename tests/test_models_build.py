@@ -1,0 +1,25 @@
+"""The compiler builds a plan for every model of `models/`; those with torch sources are in test_real_models.py."""
+
+from pathlib import Path
+
+import pytest
+
+import qonnx
+from models import ocr
+from qonnx.engine import FloatType
+
+
+@pytest.mark.models
+@pytest.mark.rtx
+def test_text_recognition(tmp_path: Path) -> None:
+    settings = ("goal_sqnr_db=0", "correct_biases=false")  # only what the plan needs
+    data = ocr.calibration(2, 2)
+    result = qonnx.quantize(ocr.onnx_file(), data, tmp_path / "q.onnx", recipe="int8-minmax", settings=settings)
+    shapes = tuple((batch, 3, 48, width) for batch, width in ((1, 64), (4, 320), (8, 640)))
+    engine = qonnx.build_engine(result.output, tmp_path / "q.plan", profiles={"x": shapes}, float_type=FloatType.FP16)
+    planned = [node for node in engine.nodes if node.planned]
+    assert {node.node for node in planned} == {layer.node for layer in result.plan.quantized_layers}
+    # Two products of attention are fused with what follows them, in half precision.
+    assert sum(node.int8 for node in planned) >= len(planned) - 2
+    reasons = {node.node: node.reason for node in engine.nodes if not node.planned}
+    assert reasons == {layer.node: layer.reason for layer in result.plan.float_layers}
