@@ -18,12 +18,12 @@ def store(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     return value
 
 
-def replace(node: ir.Node, index: int, tensor: ir.TensorProtocol, names: Names) -> None:
-    """Makes a node read a new initializer; the old one goes when nothing else reads it."""
+def replace(node: ir.Node, index: int, tensor: ir.TensorProtocol, names: Names, change: str = "rescaled") -> None:
+    """Makes a node read a new initializer, named after the old one; that one goes when nothing else reads it."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     old = node.inputs[index] if index < len(node.inputs) else None
-    stem = f"{old.name}_rescaled" if old is not None else f"{node.name or node.op_type}_bias"
+    stem = f"{old.name}_{change}" if old is not None else f"{node.name or node.op_type}_bias"
     value = store(graph, names.fresh(stem), tensor)
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)

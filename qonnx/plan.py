@@ -84,6 +84,8 @@ class SmoothPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
         nodes: whether the group was looked for with nodes at run time allowed.
         bounds: whether it was looked for with a bound for each channel allowed.
         pad: whether it was looked for with padding in nodes of its own allowed.
+        copies: how often each input channel of the one layer that reads them is there: see
+            `qonnx.passes.split_channels`; empty for as it was. Factors and offsets are those of all copies.
     """
 
     value: str
@@ -93,6 +95,7 @@ class SmoothPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
     nodes: bool = True
     bounds: bool = False
     pad: bool = False
+    copies: tuple[int, ...] = ()
 
 
 class LayerPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -1,7 +1,8 @@
 """Smooths a model where that pays: decided per group by estimate, and for the whole by what the outputs keep.
 
-The factors are found on some calibration batches. With `auto`, the quantized network is then built and run both ways,
-with the same layers on integers, and the smoothed one is kept where its worst output is better on a held-back batch.
+The factors are found on some calibration batches. With `auto`, channels that stick out too far for any factor are
+repeated first (`qonnx.splitting`). Then the quantized network is built and run both ways, with the same layers on
+integers, and the smoothed one is kept where its worst output is better on a held-back batch.
 All other statistics are measured on the model that this returns.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -30,6 +31,7 @@ from qonnx.observation import observe
 from qonnx.passes.equalize import AutoEqualization, Equalization, NoEqualization
 from qonnx.passes.infer_shapes import InferShapes
 from qonnx.passes.rescale_channels import RescaleChannels, Rescaling
+from qonnx.passes.split_channels import Split, SplitChannels
 from qonnx.placement import candidates, place
 from qonnx.plan import SmoothPlan, make_plan
 from qonnx.ranges import calibrated
@@ -37,6 +39,7 @@ from qonnx.rebatch import Batch
 from qonnx.recipe import Format, Recipe
 from qonnx.runtime import session
 from qonnx.smoothing import AutoSmoothing, GroupReport, Method, NoSmoothing, decide
+from qonnx.splitting import find_splits, repeated
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
 
@@ -130,8 +133,7 @@ def _next(
     look = _Look.of(method)
     draft = place(model, recipe, target)
     quantized = {layer.node for layer in draft.layers if not layer.reason}
-    groups = look.groups(model)
-    groups = tuple(group for group in groups if any(one.linear.node.name in quantized for one in group.consumers))
+    groups = _read_by(quantized, look.groups(model))
     verb = "equalized" if isinstance(method, Equalization) else "smoothed"
     if all(group.reason for group in groups):
         reports = decide(groups, AutoSmoothing(), Statistics({}), {}, quantizers)[1]
@@ -142,15 +144,22 @@ def _next(
     statistics = observe(model, [*dict.fromkeys([*axes, *values])], sample, channel_axes=axes)
     samples = collect_inputs(model, groups, sample)
     leave = _little_known(groups, statistics) if isinstance(method, AUTOMATIC) else {}
+    splits: dict[str, Split] = {}
     if isinstance(method, Equalization):
         rescalings, reports = equalize(groups, method, statistics, samples, quantizers, quantized, leave)
     else:
-        rescalings, reports = decide(groups, method, statistics, samples, quantizers, quantized, leave)
-    plans = tuple(look.plan(rescaling) for rescaling in rescalings)
+        wide = statistics
+        if isinstance(method, AutoSmoothing):
+            known = [group for group in groups if group.value not in leave]
+            splits = find_splits(model, known, statistics, samples, quantizers)
+            groups = _read_by(quantized, look.groups(_split(model, splits.values())))
+            wide, samples = repeated(statistics, samples, splits, groups)
+        rescalings, reports = decide(groups, method, wide, samples, quantizers, quantized, leave)
+    plans = tuple(look.plan(rescaling, splits) for rescaling in rescalings)
     if not plans:
         return before.unchanged(method, reports, f"not {verb}: no group of channels gains by it")
     changed = apply(model, plans)
-    note = f"{verb} {len(plans)} of {len(reports)} groups of channels"
+    note = f"{verb} {len(plans)} of {len(reports)} groups of channels{_repeats(plans)}"
     if not isinstance(method, AUTOMATIC):
         return before.then(changed, plans, reports, note)
     keeps = before.keeps_db
@@ -164,6 +173,25 @@ def _next(
     reports = tuple(_not_kept(report, verb, gain) for report in reports)
     note = f"not {verb}: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
     return replace(before.then(model, (), reports, note), keeps_db=keeps)
+
+
+def _repeats(plans: Sequence[SmoothPlan]) -> str:
+    """How many channels were repeated, in the words of the end of a sentence."""
+    extra = [sum(plan.copies) - len(plan.copies) for plan in plans if plan.copies]
+    return f", and repeated {sum(extra)} channels of {len(extra)} layers" if extra else ""
+
+
+def _read_by(quantized: Collection[str], groups: Sequence[SmoothGroup]) -> tuple[SmoothGroup, ...]:
+    return tuple(group for group in groups if any(one.linear.node.name in quantized for one in group.consumers))
+
+
+def _split(model: ir.Model, splits: Collection[Split]) -> ir.Model:
+    """The model with copies of channels; the same object where there are none to make."""
+    if not splits:
+        return model
+    copy = model.clone()
+    SplitChannels(tuple(splits))(copy)
+    return copy
 
 
 def _little_known(groups: Sequence[SmoothGroup], statistics: Statistics) -> dict[str, str]:
@@ -186,19 +214,32 @@ def apply(model: ir.Model, plans: Sequence[SmoothPlan]) -> ir.Model:
         ModelError: a factor or an offset cannot be folded in.
     """
     copy = model.clone()
-    for look, together in itertools.groupby(plans, _Look.of):
-        found = {group.value: group for group in look.groups(copy)}
+    for look, same in itertools.groupby(plans, _Look.of):
+        together = list(same)
+        found = _found(look, copy, together)
+        repeats = [plan for plan in together if plan.copies]
+        if repeats:
+            layers = {plan.value: found[plan.value].consumers[0].linear.node.name or "" for plan in repeats}
+            SplitChannels(tuple(Split(layers[plan.value], plan.copies) for plan in repeats))(copy)
+            found = _found(look, copy, together)
         rescalings = []
         for plan in together:
-            if plan.value not in found:
-                missing = f"the plan smooths {plan.value!r}, which this model lacks"
-                raise RecipeError(f"{missing}: it was made for another model")
             scale = np.array(plan.scale, np.float64)
             shift = np.array(plan.shift, np.float64) if plan.shift else None
             rescalings.append(Rescaling(found[plan.value], scale, shift, plan.method))
         RescaleChannels(tuple(rescalings))(copy)
         InferShapes()(copy)
     return copy
+
+
+def _found(look: _Look, model: ir.Model, plans: Sequence[SmoothPlan]) -> dict[str, SmoothGroup]:
+    """The groups of a model by value; every plan has one, with a layer."""
+    found = {group.value: group for group in look.groups(model)}
+    for plan in plans:
+        if plan.value not in found or not found[plan.value].consumers:
+            missing = f"the plan smooths {plan.value!r}, which this model lacks"
+            raise RecipeError(f"{missing}: it was made for another model")
+    return found
 
 
 @dataclass(frozen=True)
@@ -221,12 +262,12 @@ class _Look:
         residual = Residual.MUL if self.nodes and not self.bounds else Residual.REFUSE
         return find_groups(model, residual=residual, explicit=self.nodes, pad=self.pad, bounds=self.bounds)
 
-    def plan(self, rescaling: Rescaling) -> SmoothPlan:
+    def plan(self, rescaling: Rescaling, splits: Mapping[str, Split]) -> SmoothPlan:
         shift = _floats(rescaling.offset) if rescaling.offset.any() else ()
         scale = _floats(rescaling.scale)
-        return SmoothPlan(
-            rescaling.group.value, rescaling.method, scale, shift, self.nodes, bounds=self.bounds, pad=self.pad
-        )
+        value, method = rescaling.group.value, rescaling.method
+        copies = splits[value].copies if value in splits else ()
+        return SmoothPlan(value, method, scale, shift, self.nodes, self.bounds, self.pad, copies)
 
 
 def _floats(vector: Vector) -> tuple[float, ...]:

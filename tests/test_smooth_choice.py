@@ -168,3 +168,54 @@ def test_data_that_can_be_read_once_are_enough(tmp_path: Path) -> None:
     single = qonnx.quantize(model(), data(1, rows=1024), tmp_path / "single.onnx")
     assert single.plan.smoothing
     assert session(tmp_path / "single.onnx").run(data(1)[0])["y"].shape == (256, 32)
+
+
+GATED = (
+    "g (float[n,16] x, float[16,512] w1, float[16,512] w2, float[512,16] w3) => (float[n,16] y)"
+    "{ [gate] a = MatMul(x, w1) s = Sigmoid(a) t = Mul(a, s) [up] u = MatMul(x, w2)"
+    "  h = Mul(t, u) [down] y = MatMul(h, w3) }"
+)
+
+
+def massive() -> tuple[ir.Model, Batches]:
+    """A gated MLP in which one token of 64 has two channels a thousand times wider than all others."""
+    made = model_of(GATED, weights="w1 w2 w3", scale=0.5, opset=21)
+    for name, factor in (("w1", 4.0), ("w2", 400.0)):
+        stored = made.graph.initializers[name]
+        assert stored.const_value is not None
+        array = stored.const_value.numpy().copy()
+        array[0] = 0
+        array[0, [7, 300]] = factor
+        stored.const_value = ir.tensor(array, name=name)
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.standard_normal((256, 16)).astype(np.float32)} for _ in range(10)]
+    for batch in batches:
+        batch["x"][:, 0] = np.arange(256) % 64 == 0
+    return made, batches
+
+
+def test_channels_that_stick_out_too_far_are_repeated(tmp_path: Path) -> None:
+    made, batches = massive()
+    settings = ["goal_sqnr_db=0", "minimum_sqnr_db=-100", "activations.calibrator.kind=minmax"]
+    result = qonnx.quantize(made, batches, tmp_path / "one.onnx", settings=settings)
+    (plan,) = [plan for plan in result.plan.smoothing if plan.copies]
+    assert len(plan.copies) == 512
+    assert sum(plan.copies) == len(plan.scale) == 528
+    assert np.argsort(plan.copies)[-2:].tolist() in ([7, 300], [300, 7])
+    assert any("repeated 16 channels of 1 layers" in note for note in result.notes)
+    once = qonnx.quantize(made, batches, tmp_path / "q.onnx", settings=[*settings, "smooth.kind=outlier_suppression"])
+    plain = qonnx.quantize(made, batches, tmp_path / "q.onnx", settings=[*settings, "smooth.kind=none"])
+    reference = session(made).run(batches[0])["y"]
+    quiet = np.arange(256) % 64 != 0
+
+    def keeps(path: Path) -> float:
+        noise = session(path).run(batches[0])["y"] - reference
+        return float(10 * np.log10(np.square(reference[quiet]).sum() / np.square(noise[quiet]).sum()))
+
+    qonnx.quantize(made, batches, tmp_path / "once.onnx", plan=once.plan)
+    qonnx.quantize(made, batches, tmp_path / "plain.onnx", plan=plain.plan)
+    assert keeps(tmp_path / "one.onnx") > keeps(tmp_path / "once.onnx") + 2 > keeps(tmp_path / "plain.onnx") + 10
+
+    assert QuantPlan.load(_saved(result.plan, tmp_path)) == result.plan
+    qonnx.quantize(made, batches, tmp_path / "two.onnx", plan=tmp_path / "plan.json", settings=settings)
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
