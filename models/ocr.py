@@ -56,7 +56,7 @@ def onnx_file() -> Path:
 
 def calibration(batches: int = 8, batch_size: int = BATCH) -> Iterator[Batch]:
     """Yields rendered lines, float32 [batch_size, 3, 48, 320], in fonts and words that `evaluate` does not use."""
-    lines = _lines(seed=1, count=batches * batch_size)
+    lines = text_lines(seed=1, count=batches * batch_size)
     images = [image for _, image in _rendered(lines, CALIBRATION_FONTS, seed=3)]
     return ({"x": np.stack(images[start : start + batch_size])} for start in range(0, len(images), batch_size))
 
@@ -69,7 +69,7 @@ def evaluate(run: Run, *, lines: int = 120) -> Evaluation:
         lines: how many lines to read.
     """
     characters = _alphabet()
-    texts, images = zip(*_rendered(_lines(seed=2, count=lines), TEST_FONTS, seed=4), strict=True)
+    texts, images = zip(*_rendered(text_lines(seed=2, count=lines), TEST_FONTS, seed=4), strict=True)
     read: list[str] = []
     for start in range(0, lines, BATCH):
         (scores,) = run({"x": np.stack(images[start : start + BATCH])}).values()
@@ -81,7 +81,8 @@ def evaluate(run: Run, *, lines: int = 120) -> Evaluation:
     return Evaluation(metric="characters", value=100 * share, samples=length, standard_error=error)
 
 
-def _lines(seed: int, count: int) -> list[str]:
+def text_lines(seed: int, count: int) -> list[str]:
+    """Lines of two to four made-up words or numbers."""
     random = np.random.default_rng(seed)
 
     def word() -> str:

@@ -45,6 +45,7 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
     """
     notes: list[str] = []
     _sort(model)
+    _open_negative_sizes(model)
     notes += _fix_defaults(model)
     interface = _Interface(model)
     notes += _inline(model)
@@ -71,6 +72,14 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
     RemoveUnusedOpsetsPass()(model)
     interface.restore(model)
     return tuple(dict.fromkeys(notes))
+
+
+def _open_negative_sizes(model: ir.Model) -> None:
+    """Makes sizes below 0, which older exporters write for dynamic ones, unknown."""
+    for graph in all_graphs(model):
+        for value in (*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)):
+            if value.shape is not None and any(isinstance(size, int) and size < 0 for size in value.shape):
+                value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
 
 
 def _operators(model: ir.Model) -> Counter[str]:

@@ -134,7 +134,8 @@ class Session:
             raise ModelError(f"{self._origin}: input {value.name!r} is a {value.type}; only tensors can be fed")
         if dtype.bitwidth < 8:
             raise ModelError(f"{self._origin}: input {value.name!r} is {value.type}; feed int8 and cast in the graph")
-        return InputSpec(value.name, np.dtype(dtype.numpy()), tuple(value.shape) or None)
+        sizes = tuple(None if isinstance(size, int) and size < 0 else size for size in value.shape)
+        return InputSpec(value.name, np.dtype(dtype.numpy()), sizes or None)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Runs the graph once.

@@ -13,6 +13,7 @@ from qonnx.errors import ModelError
 from qonnx.passes.fold_constants import FoldConstants
 from qonnx.passes.name_nodes import NameNodes
 from qonnx.passes.prepare import prepare
+from qonnx.runtime import input_specs, session
 from tests.graphs import model_of
 from tests.helpers import Feeds, apply, assert_same_function, leave_alone, operators, random_feeds, run
 
@@ -474,3 +475,15 @@ def test_products_written_as_einsum_are_products() -> None:
     )
     assert "wrote 1 Einsum as MatMul" in prepare(model)
     assert operators(model) == ["MatMul", "Reshape"]
+
+
+def test_sizes_below_0_are_dynamic_ones(tmp_path: Path) -> None:
+    model = model_of("g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }")
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = ir.Shape([-1, 4])
+    ir.save(model, tmp_path / "m.onnx")
+    batch = {"x": np.ones((3, 4), np.float32)}
+    assert session(tmp_path / "m.onnx").inputs[0].shape == (None, 4)
+    prepare(model)
+    assert input_specs(model)[0].shape == (None, 4)
+    assert session(model).run(batch)["y"].shape == (3, 4)
