@@ -214,12 +214,16 @@ RECIPES: tuple[Recipe, ...] = (
     ),
     Recipe(
         name="bert-int8-mode1",
+        smooth=NoSmoothing(),
+        equalize=NoEqualization(),
         activations=Activations(calibrator=Percentile(99.999)),
         minimum_sqnr_db=-100.0,
         goal_sqnr_db=0.0,
     ),
     Recipe(
         name="bert-int8-mode2",
+        smooth=NoSmoothing(),
+        equalize=NoEqualization(),
         weights=Weights(granularity=PerTensor()),
         activations=Activations(calibrator=Percentile(99.999)),
         product_outputs=True,

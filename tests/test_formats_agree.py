@@ -48,9 +48,11 @@ def test_codes_differ_by_one_step_at_most(name: str, tmp_path: Path) -> None:
     example = model.build()
     shapes = example.dynamic_shapes
     source = qonnx.export(example.module, example.args, tmp_path / "m.onnx", dynamic_shapes=shapes, verify=False)
-    settings = ["activations.calibrator.kind=minmax", "goal_sqnr_db=0", "correct_biases=false"]
+    settings = ["activations.calibrator.kind=minmax", "goal_sqnr_db=0"]
     data = list(model.calibration(batches=3, batch_size=2))
-    plan = qonnx.quantize(source, data, tmp_path / "q.onnx", target="ort-cpu", settings=settings).plan
+    plan = qonnx.quantize(
+        source, data, tmp_path / "q.onnx", recipe="int8-unsmoothed", target="ort-cpu", settings=settings
+    ).plan
     pairs, integers = (written(source, plan, kind) for kind in (Format.QDQ, Format.QOPERATOR))
     expected, found = code_values(pairs, plan), code_values(integers, plan)
     shared = sorted(expected.keys() & found.keys())
