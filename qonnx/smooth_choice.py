@@ -140,8 +140,7 @@ def _next(
         reason = reports[0].reason if reports else "no quantized layer reads channels"
         return before.unchanged(method, reports, f"nothing can be {verb}: {reason}")
     axes = channel_axes(groups)
-    values = [value for value in candidates(draft) if value not in draft.probabilities]
-    statistics = observe(model, [*dict.fromkeys([*axes, *values])], sample, channel_axes=axes)
+    statistics = observe(model, [*dict.fromkeys([*axes, *candidates(draft)])], sample, channel_axes=axes)
     samples = collect_inputs(model, groups, sample)
     leave = _little_known(groups, statistics) if isinstance(method, AUTOMATIC) else {}
     splits: dict[str, Split] = {}
@@ -312,8 +311,8 @@ def _outputs_keep(
     """The signal-to-noise ratio in dB of the worst output once quantized, with ranges from the sample."""
     recipe = msgspec.structs.replace(recipe, minimum_sqnr_db=-math.inf)  # the same layers on integers in every trial
     draft = place(model, recipe, target)
+    observed = statistics or observe(model, candidates(draft), sample)
     values = [value for value in candidates(draft) if value not in draft.probabilities]
-    observed = statistics or observe(model, values, sample)
     ranges = calibrated(values, observed, Average(), _dtype(recipe), symmetric=target.symmetric)
     plan = make_plan(model, observed, ranges, recipe, target)
     if recipe.correct_biases:
