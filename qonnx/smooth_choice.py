@@ -33,7 +33,7 @@ from qonnx.passes.infer_shapes import InferShapes
 from qonnx.passes.rescale_channels import RescaleChannels, Rescaling
 from qonnx.passes.split_channels import Split, SplitChannels
 from qonnx.placement import candidates, place
-from qonnx.plan import SmoothPlan, make_plan
+from qonnx.plan import QuantPlan, SmoothPlan, make_plan
 from qonnx.ranges import calibrated
 from qonnx.rebatch import Batch
 from qonnx.recipe import Format, Recipe
@@ -163,9 +163,9 @@ def _next(
         return before.then(changed, plans, reports, note)
     keeps = before.keeps_db
     if keeps is None:
-        keeps = _outputs_keep(model, recipe, target, sample, choose, statistics)
-    after = _outputs_keep(changed, recipe, target, sample, choose)
-    gain = after - keeps
+        keeps = _outputs_keep(model, trial_plan(model, recipe, target, sample, statistics), choose)
+    after = _outputs_keep(changed, trial_plan(changed, recipe, target, sample), choose)
+    gain = 0.0 if after == keeps else after - keeps  # both may be infinite
     if gain >= _WORTH_IT_DB:
         note = f"{note}: the outputs keep {gain:.1f} dB more"
         return replace(before.then(changed, plans, reports, note), keeps_db=after)
@@ -300,23 +300,29 @@ def _dtype(recipe: Recipe) -> Dtype:
     return Dtype.INT8 if isinstance(dtype, msgspec.UnsetType) else dtype
 
 
-def _outputs_keep(
-    model: ir.Model,
-    recipe: Recipe,
-    target: Target,
-    sample: Sequence[Batch],
-    choose: Sequence[Batch],
-    statistics: Statistics | None = None,
-) -> float:
-    """The signal-to-noise ratio in dB of the worst output once quantized, with ranges from the sample."""
-    recipe = msgspec.structs.replace(recipe, minimum_sqnr_db=-math.inf)  # the same layers on integers in every trial
+def trial_plan(
+    model: ir.Model, recipe: Recipe, target: Target, sample: Sequence[Batch], statistics: Statistics | None = None
+) -> QuantPlan:
+    """A plan to try a model with: ranges from a sample, by one calibrator, and all layers on integers that can be.
+
+    Args:
+        model: prepared.
+        recipe: resolved for the target.
+        target: the consumer of the quantized graph.
+        sample: some calibration batches.
+        statistics: of the sample, where it was observed already.
+    """
+    recipe = msgspec.structs.replace(recipe, minimum_sqnr_db=-math.inf)
     draft = place(model, recipe, target)
     observed = statistics or observe(model, candidates(draft), sample)
     values = [value for value in candidates(draft) if value not in draft.probabilities]
     ranges = calibrated(values, observed, Average(), _dtype(recipe), symmetric=target.symmetric)
     plan = make_plan(model, observed, ranges, recipe, target)
-    if recipe.correct_biases:
-        plan = correct_biases(model, plan, sample)
+    return correct_biases(model, plan, sample) if recipe.correct_biases else plan
+
+
+def _outputs_keep(model: ir.Model, plan: QuantPlan, choose: Sequence[Batch]) -> float:
+    """The signal-to-noise ratio in dB of the worst output once quantized."""
     quantized = model.clone()
     insert(quantized, msgspec.structs.replace(plan, format=Format.QDQ))
     reference, candidate, worst = session(model), session(quantized), math.inf

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qonnx.plan import QuantPlan
     from qonnx.roofline import Roofline
     from qonnx.sensitivity import LayerCost
+    from qonnx.smoothing import GroupReport
 
 # How many layers a list names before it only counts the rest.
 _ROWS = 12
@@ -69,7 +70,37 @@ def result_tables(result: Result) -> list[Text]:
         lines += [Text(), *_differences(result.comparison.outputs)]
     if result.costs and result.warnings:
         lines += [Text(), *_costs(result.costs)]
-    return lines + _calibration(result.diagnostics) + _left_in_float(plan)
+    return lines + _smoothing(result.smoothing) + _calibration(result.diagnostics) + _left_in_float(plan)
+
+
+def _smoothing(groups: Sequence[GroupReport]) -> list[Text]:
+    """What was done with groups of channels, the largest gain first, and why others were left alone."""
+    done = [group for group in groups if group.method]
+    if not done:
+        return []
+    done.sort(key=lambda group: (group.sqnr_db or 0) - (group.smoothed_sqnr_db or 0))
+    rows = [("crest", "", "SQNR dB", "", "weights", "")]
+    for group in done[:_ROWS]:
+        crest = _change(group.crest, group.smoothed_crest)
+        kept = _change(group.sqnr_db, group.smoothed_sqnr_db)
+        growth = "" if group.weight_growth is None else f"x {group.weight_growth:.2g}"
+        name = f"{group.value}, {group.method}" + (f", {count(group.nodes, 'node')} more" if group.nodes else "")
+        rows.append((*crest, *kept, growth, name))
+    title = f"channels scaled or shifted: {len(done)} of {count(len(groups), 'group')}; estimates for their layers"
+    lines = [Text(), Text(title, _TITLE), *_rows(rows, right=5)]
+    if len(done) > _ROWS:
+        lines.append(_line(f"... and {len(done) - _ROWS} more"))
+    changed = {group.value for group in done}
+    left = [
+        LayerPlan(group.value, "channels", "", "", group.reason)
+        for group in groups
+        if not group.method and group.value not in changed
+    ]
+    return lines + _by_reason(left)
+
+
+def _change(before: float | None, after: float | None) -> tuple[str, str]:
+    return ("", "") if before is None or after is None else (f"{before:.1f}", f"-> {after:.1f}")
 
 
 def _calibration(found: Diagnostics) -> list[Text]:

@@ -13,7 +13,8 @@ from qonnx.passes.prepare import prepare
 from qonnx.plan import QuantPlan, SmoothPlan
 from qonnx.recipe import Recipe, load_recipe, resolve
 from qonnx.runtime import session
-from qonnx.smooth_choice import Smoothed, apply, smoothed
+from qonnx.smooth_choice import Smoothed, apply, smoothed, trial_plan
+from qonnx.tables import result_tables
 from qonnx.targets import target
 from tests.graphs import model_of
 from tests.helpers import assert_same_function
@@ -159,6 +160,35 @@ def test_statistics_are_those_of_the_model_without_smoothing(tmp_path: Path) -> 
         model(), data(), tmp_path / "p.onnx", statistics=statistics, settings=["smooth.kind=none", "equalize.kind=none"]
     )
     assert plain.plan == result.plan
+
+
+ATTENTION = (
+    "g (float[n,16,32] x, float[32,32] q, float[32,32] k, float[32,32] v, float[32,32] o) => (float[n,16,32] y) "
+    "{ [q] a = MatMul(x, q) [k] b = MatMul(x, k) [v] c = MatMul(x, v) t = Transpose <perm = [0, 2, 1]> (b) "
+    "  [scores] s = MatMul(a, t) p = Softmax(s) [mix] m = MatMul(p, c) [o] y = MatMul(m, o) }"
+)
+
+
+def test_trials_quantize_what_will_be_quantized() -> None:
+    prepared = model_of(ATTENTION, weights="q k v o", scale=0.2)
+    prepare(prepared)
+    rng = np.random.default_rng(0)
+    sample = [{"x": rng.standard_normal((8, 16, 32)).astype(np.float32)} for _ in range(2)]
+    chosen = resolve(Recipe(minimum_sqnr_db=99), target("a800"))
+    plan = trial_plan(prepared, chosen, target("a800"), sample)
+    assert [layer.node for layer in plan.quantized_layers] == ["q", "k", "v", "scores", "mix", "o"]
+
+
+def test_the_report_tells_every_group(tmp_path: Path) -> None:
+    rules = ["rules=[{match: {name: down}, skip: true}]"]
+    lines = [str(line) for line in result_tables(qonnx.quantize(model(POST_NORM), data(), tmp_path / "q.onnx"))]
+    start = lines.index(next(line for line in lines if line.startswith("channels scaled or shifted: 2 of ")))
+    assert lines[start + 1].split() == ["crest", "SQNR", "dB", "weights"]
+    assert any(" s, Outlier Suppression+" in line or " s, SmoothQuant" in line for line in lines[start + 2 : start + 4])
+    settings = [*rules, "smooth.nodes=false"]
+    result = qonnx.quantize(model(POST_NORM), data(), tmp_path / "q.onnx", settings=settings)
+    assert not any(line.startswith("channels scaled") for line in map(str, result_tables(result)))
+    assert result.smoothing[0].reason.startswith("Add ")
 
 
 def test_data_that_can_be_read_once_are_enough(tmp_path: Path) -> None:
