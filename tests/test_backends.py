@@ -151,6 +151,7 @@ def test_figures_out_of_range(field: str, value: int) -> None:
     [
         ({"backend": "onnx"}, EngineError, "unknown backend 'onnx'; choose one of tensorrt-rtx, tensorrt"),
         ({"float_type": "fp8"}, EngineError, "unknown float_type 'fp8'; choose one of fp32, fp16, bf16"),
+        ({"calibrator": "minmax", "data": "not read"}, TargetError, "has no calibration"),
         ({"calibrator": "minmax", "data": np.zeros((2, 8), np.float32)}, TargetError, "has no calibration"),
         ({"calibrator": "minmax"}, EngineError, "calibrator 'minmax' needs data"),
         ({"target": "orin"}, TargetError, "sm_87"),

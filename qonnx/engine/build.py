@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from qonnx.data import batches
 from qonnx.engine.backends import capability_of, check_settings, find_compiler
@@ -136,12 +137,12 @@ def build_engine(
     try:
         if implicit:
             check_no_qdq(loaded)
+        compiler = find_compiler(wanted, consumer, settings.hardware_compatible)
+        check_settings(compiler, settings, short, implicit)
         seen = {} if data is None else _sizes(loaded, data)
         shapes = profiles_of(loaded, {**seen, **(dims or {})}, profiles)
     except EngineError as error:
         raise EngineError(f"{model}: {error}") from None
-    compiler = find_compiler(wanted, consumer, settings.hardware_compatible)
-    check_settings(compiler, settings, short, implicit)
     with staging(plan) as folder, tempfile.TemporaryDirectory() as scratch:
         calibration = None
         if calibration_cache is not None:
@@ -199,6 +200,7 @@ def _sizes(model: ir.Model, data: Any) -> dict[str, Range]:
 
 def _in_short_floats(model: ir.Model, short: FloatType, path: Path) -> Path:
     converted = model.clone()
+    InlinePass()(converted)
     dtype = ir.DataType.FLOAT16 if short is FloatType.FP16 else ir.DataType.BFLOAT16
     ConvertFloat(dtype)(converted)
     save(converted, path)

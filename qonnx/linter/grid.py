@@ -310,7 +310,7 @@ def _set_parameters(editor: Editor, codes: _Codes, parameters: list[tuple[Array,
         quantizer.node.attributes.pop("output_dtype", None)
     for value in codes.values:
         if not is_constant(value):
-            value.dtype = dtype
+            value.type = ir.TensorType(dtype)  # a clone shares the type object with its original
 
 
 def _clip_to_side(editor: Editor, quantizer: Quantizer) -> None:

@@ -35,7 +35,7 @@ def retype(editor: Editor, node: ir.Node) -> Outcome | None:
         if first is not None and first.scale.dtype == before and first.data.dtype == wanted:
             editor.set_input(first.node, 1, scale)
         editor.set_input(quantizer.node, 1, scale)
-        quantizer.output.dtype = wanted
+        quantizer.output.type = ir.TensorType(wanted)  # a clone shares the type object with its original
     return Outcome(f"scales cast to {wanted.name.lower()}", exact)
 
 
