@@ -112,7 +112,7 @@ def _reshape_to_computed(bare: ir.Model, found: dict[tuple[int, str], ir.Value])
             continue
         sizes = _elements(reshape.inputs[1]) if len(reshape.inputs) > 1 else None
         if sizes is not None and result.dtype is not None:
-            value.dtype = result.dtype
+            value.type = ir.TensorType(result.dtype)  # types are shared with the model that this is a clone of
             value.shape = ir.Shape([size if size is not None and size > 0 else None for size in sizes])
             added = True
     return added
