@@ -49,7 +49,7 @@ def _quantize(write: Writer) -> bool:
     scaled = node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_float("beta", 1.0) != 1
     codes = bias_codes(bias, left, right, None if ending is None else ending.scale)
     x, w = scale_array(left), scale_array(right)
-    if codes is None or x is None or w is None or scaled or (node.op_type == "Conv" and ending is None):
+    if codes is None or x is None or w is None or x.size > 1 or scaled or (node.op_type == "Conv" and ending is None):
         return False
     scale = np.ascontiguousarray(np.broadcast_to(x * w, codes.shape))
     operands = [write.constant(codes, f"{bias.name}_quantized"), write.constant(scale, f"{bias.name}_scale")]

@@ -46,7 +46,7 @@ TargetName = Annotated[
         "--target",
         metavar="NAME",
         help="What will run the graph: ort-cpu for ONNX Runtime; for TensorRT a800, a100, h100, h800, h200, h20, l40s, "
-        "l20, l4, t4, rtx3090, rtx4090 or orin.",
+        "l20, l4, t4, rtx3090, rtx4090 or orin; onnx for any other.",
     ),
 ]
 DeviceName = Annotated[

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
+from qonnx.activation_scales import channel_axes
 from qonnx.attempts import Attempt, Job, best_attempt, only_attempt, write
 from qonnx.calibrators import EXTREMES
 from qonnx.comparison import NOTHING_COMPARED, Comparison, compare
@@ -28,10 +29,11 @@ from qonnx.diagnostics import Diagnostics, diagnose
 from qonnx.errors import DataError, ModelError, OutputError, RecipeError, TargetError
 from qonnx.fingerprint import fingerprint
 from qonnx.graph import all_graphs, is_float, load, parameters, publish, staging
+from qonnx.numerics import PerTensor
 from qonnx.observation import Progress, observe
 from qonnx.passes.equalize import NoEqualization
 from qonnx.passes.prepare import prepare
-from qonnx.placement import candidates, place
+from qonnx.placement import Placement, candidates, place
 from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
 from qonnx.recipe import RECIPES, Format, Recipe, calibrators, load_recipe, minimum_opset, resolve
@@ -237,6 +239,7 @@ def quantize(
                 candidates(draft),
                 every,
                 distributions=counted,
+                channel_axes=_channel_axes(smooth.model, chosen, draft),
                 device=on,
                 total=total,
                 progress=progress,
@@ -290,6 +293,13 @@ def _split(held: HoldOut, sample: list[Batch], calibrated: bool) -> tuple[list[B
         return [], held.kept if held.shared else sample + held.kept
     half = max(1, len(held.kept) // 2)
     return held.kept[:half], held.kept[half:] or held.kept
+
+
+def _channel_axes(model: ir.Model, recipe: Recipe, draft: Placement) -> dict[str, int]:
+    """The axes along which channels are measured one by one, where the recipe gives each a scale."""
+    if isinstance(recipe.activations.granularity, PerTensor):
+        return {}
+    return channel_axes(model.graph, candidates(draft))
 
 
 def _device(name: str) -> Device:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qonnx.activation_scales import channel_axes, channel_ends
 from qonnx.errors import RecipeError
 from qonnx.graph import FLOAT_TYPES, float32, publish, staging
 from qonnx.numerics import Blocked, Dtype, Granularity, PerAxis, PerTensor, scale_and_zero_point
@@ -202,9 +203,9 @@ def make_plan(
     draft = place(model, recipe, target, leave)
     known = {**ranges, **{value: Range(0.0, 1.0, "softmax") for value in draft.probabilities}}
     if recipe.format.calibrated:
-        unfit = _unfit(draft, statistics, known, recipe, _grids(draft, recipe, target))
+        unfit = _unfit(draft, statistics, known, recipe, _grids(model.graph, draft, recipe, target))
         placement = place(model, recipe, target, {**unfit, **(leave or {})})
-        grids = _grids(placement, recipe, target)
+        grids = _grids(model.graph, placement, recipe, target)
         activations = _activation_plans(model.graph, placement, statistics, known, grids)
     else:
         placement = draft
@@ -226,16 +227,34 @@ def make_plan(
 
 
 class _Grid(NamedTuple):
-    """The grid of activations."""
+    """The grid of an activation.
+
+    Attributes:
+        dtype: the type of the codes.
+        symmetric: whether 0 is in its middle.
+        axis: along which channels have scales of their own; None for one scale.
+        block_size: how many neighbouring channels share a scale.
+    """
 
     dtype: Dtype
     symmetric: bool
+    axis: int | None = None
+    block_size: int = 1
 
-    def scale(self, low: float, high: float) -> tuple[npt.NDArray[np.float32], int]:
-        scale, zero_point = scale_and_zero_point(
-            np.float32(low), np.float32(high), self.dtype, symmetric=self.symmetric
-        )
-        return scale, int(zero_point)
+    @property
+    def granularity(self) -> Granularity:
+        """Which elements share a scale."""
+        return PerTensor() if self.axis is None else PerAxis(self.axis)
+
+    def scale(
+        self, value: str, observed: TensorStatistics | None, low: float, high: float
+    ) -> tuple[npt.NDArray[np.float32], tuple[int, ...]]:
+        """Scales and zero points, the latter empty when all are 0; `low` and `high` are the ends of the whole."""
+        ends = (np.float32(low), np.float32(high))
+        if self.axis is not None and observed is not None:
+            ends = channel_ends(value, observed, self.block_size)  # type: ignore[assignment]
+        scale, zero_point = scale_and_zero_point(*ends, self.dtype, symmetric=self.symmetric)
+        return scale, tuple(map(int, np.ravel(zero_point))) if np.any(zero_point) else ()
 
 
 def _dtype(recipe: Recipe) -> Dtype:
@@ -243,7 +262,7 @@ def _dtype(recipe: Recipe) -> Dtype:
     return Dtype.INT8 if isinstance(dtype, msgspec.UnsetType) else dtype
 
 
-def _grids(placement: Placement, recipe: Recipe, target: Target) -> dict[str, _Grid]:
+def _grids(graph: ir.Graph, placement: Placement, recipe: Recipe, target: Target) -> dict[str, _Grid]:
     """The grid of every activation: the finest that a rule wants for it, or for one that shares its scale."""
     usual = _dtype(recipe)
     wanted: dict[str, Dtype] = {}
@@ -252,7 +271,13 @@ def _grids(placement: Placement, recipe: Recipe, target: Target) -> dict[str, _G
         dtype, group = layer.settings.activation or usual, placement.ties.get(operand.value, operand.value)
         wanted[group] = max(wanted.get(group, dtype), dtype, key=lambda kind: kind.bits)
     names = [*placement.activations, *(operand.value for _, operand in operands)]
-    return {name: _Grid(wanted.get(placement.ties.get(name, name), usual), target.symmetric) for name in names}
+    granularity = recipe.activations.granularity
+    axes = {} if isinstance(granularity, PerTensor) else channel_axes(graph, set(names) - placement.probabilities)
+    size = granularity.block_size if isinstance(granularity, PerBlock) else 1
+    return {
+        name: _Grid(wanted.get(placement.ties.get(name, name), usual), target.symmetric, axes.get(name), size)
+        for name in names
+    }
 
 
 def _unfit(
@@ -290,7 +315,7 @@ def _unfit_activation(
     if not observed.finite:
         return f"its input {value} is not always finite"
     low, high, _ = ranges[value]
-    sqnr = _rounding_sqnr(observed, grid.scale(low, high)[0])
+    sqnr = _rounding_sqnr(observed, grid.scale(value, observed, low, high)[0])
     if sqnr < recipe.minimum_sqnr_db:
         spread = max(-low, high) / max(math.sqrt(observed.mean_square), 1e-30)
         return f"its input {value} would keep {sqnr:.1f} dB: its largest element is {spread:.0f} times its RMS"
@@ -301,7 +326,7 @@ def _rounding_sqnr(observed: TensorStatistics, scale: npt.NDArray[np.float32]) -
     """Signal over rounding noise, taken as uniform over one step: E[x^2] / (step^2 / 12), in dB."""
     if observed.mean_square == 0:
         return math.inf
-    return 10 * math.log10(12 * observed.mean_square / float(scale) ** 2)
+    return 10 * math.log10(12 * observed.mean_square / float(np.mean(np.square(scale, dtype=np.float64))))
 
 
 def _activation_plans(
@@ -322,8 +347,8 @@ def _activation_plans(
             continue
         group, grid = tied[placement.ties[value]], grids[value]
         low, high = min(entry.low for entry in group), max(entry.high for entry in group)
-        scale, zero_point = grid.scale(low, high)
         observed = statistics.tensors.get(value)
+        scale, zero_point = grid.scale(value, observed, low, high)
         sqnr = math.inf if observed is None else _rounding_sqnr(observed, scale)
         source = ranges[value].source
         plans.append(
@@ -331,9 +356,9 @@ def _activation_plans(
                 value=value,
                 edges=edges,
                 dtype=grid.dtype,
-                granularity=PerTensor(),
+                granularity=grid.granularity,
                 scale=_floats(_stored(scale, dtypes[value])),
-                zero_point=(zero_point,) if zero_point else (),
+                zero_point=zero_point,
                 low=low,
                 high=high,
                 sqnr_db=round(sqnr, 2) if math.isfinite(sqnr) else None,

@@ -56,7 +56,7 @@ class Operators(enum.StrEnum):
 
 
 class PerChannel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="per_channel"):
-    """One scale for each output channel of a weight; which axis that is depends on the operator."""
+    """One scale for each output channel of a weight, or each channel of an activation; the operator tells the axis."""
 
 
 class PerBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="blocked"):
@@ -88,10 +88,13 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Activations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How activations are quantized; `dtype` left out means the target's default type."""
+    """How activations are quantized; `dtype` left out means the target's default type.
+
+    Scales per channel or per block of channels are computed in float: see `qonnx.activation_scales`.
+    """
 
     dtype: Dtype | msgspec.UnsetType = msgspec.UNSET
-    granularity: PerTensor = PerTensor()
+    granularity: PerTensor | PerChannel | PerBlock = PerTensor()
     calibrator: Calibrator | Auto = Auto()
 
 
@@ -332,6 +335,8 @@ def _check_format(recipe: Recipe, target: Target) -> None:
             "blocked weights do not multiply with quantized activations; use granularity per_channel, or format "
             "weight_only"
         )
+    if not isinstance(recipe.activations.granularity, PerTensor):
+        _check_activation_scales(recipe, target)
     if recipe.format is Format.QOPERATOR:
         for dtype in (recipe.activations.dtype, recipe.weights.dtype):
             if dtype is not msgspec.UNSET and dtype.bits > 8:
@@ -340,6 +345,25 @@ def _check_format(recipe: Recipe, target: Target) -> None:
     if fixed is not None and recipe.activations.dtype not in (msgspec.UNSET, fixed):
         raise TargetError(
             f"format {recipe.format} makes {fixed} activations, not {recipe.activations.dtype}; leave the type out"
+        )
+
+
+def _check_activation_scales(recipe: Recipe, target: Target) -> None:
+    """Refuses activations of several scales where no kernel multiplies them, or their ranges are not measured."""
+    if recipe.format is not Format.QDQ:
+        raise TargetError(
+            f"format {recipe.format} has one scale per activation; use granularity per_tensor, or format qdq"
+        )
+    if not target.simulates:
+        reason = "its kernels fail on them" if target.integer_operators else "its layers then run in float"
+        raise TargetError(
+            f"activations of several scales do not run on integers on {target.name}: {reason}; use granularity "
+            "per_tensor, or target onnx to see what they would gain"
+        )
+    odd = [each for each in calibrators(recipe) if not isinstance(each, MinMax)]
+    if odd:
+        raise TargetError(
+            "activations of several scales have minmax ranges only: set activations.calibrator.kind=minmax"
         )
 
 

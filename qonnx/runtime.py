@@ -215,7 +215,7 @@ def session(
         origin = source = os.fspath(model)
         if not Path(model).is_file():
             raise ModelError(f"{origin}: no such file; give the path of an ONNX model")
-    for level in tuple(Optimization) if optimize and not _has_float8(model) else (Optimization.NONE,):
+    for level in tuple(Optimization) if optimize and not _misoptimized(model) else (Optimization.NONE,):
         options = ort.SessionOptions()
         options.log_severity_level = 4  # whatever goes wrong arrives as an exception, once
         options.intra_op_num_threads = threads
@@ -243,20 +243,26 @@ def session(
     return Session(native, level, buffers.values(), outputs, origin)
 
 
-def _has_float8(model: ir.Model | str | os.PathLike[str]) -> bool:
-    """Whether a graph holds float8, which ONNX Runtime 1.31 gets wrong when it optimizes.
+def _misoptimized(model: ir.Model | str | os.PathLike[str]) -> bool:
+    """Whether a graph holds what ONNX Runtime 1.31 gets wrong when it optimizes: float8, or activations of many scales.
 
-    It drops a Relu before a QuantizeLinear to float8, and makes products of it that it has no kernels for.
+    It drops a Relu before a QuantizeLinear to float8, and makes products of both that it has no kernels for.
     """
-    import onnx
+    if not isinstance(model, ir.Model):
+        try:
+            model = ir.load(model)
+        except Exception:  # ONNX Runtime says what is wrong with a file that cannot be read
+            return False
+    weights = model.graph.initializers
+    return any(value.dtype in _FLOAT8 for value in weights.values()) or any(map(_has_many_scales, model.graph))
 
-    if isinstance(model, ir.Model):
-        return any(value.dtype in _FLOAT8 for value in model.graph.initializers.values())
-    try:
-        graph = onnx.load(os.fspath(model), load_external_data=False).graph
-    except Exception:  # ONNX Runtime says what is wrong with a file that cannot be read
+
+def _has_many_scales(node: ir.Node) -> bool:
+    if node.op_type != "QuantizeLinear" or len(node.inputs) < 2:
         return False
-    return any(tensor.data_type in _FLOAT8 for tensor in graph.initializer)
+    data, scale = node.inputs[:2]
+    stored = None if scale is None else scale.const_value
+    return stored is not None and stored.size > 1 and data is not None and data.const_value is None
 
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:

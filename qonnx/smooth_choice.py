@@ -303,7 +303,7 @@ def _dtype(recipe: Recipe) -> Dtype:
 def trial_plan(
     model: ir.Model, recipe: Recipe, target: Target, sample: Sequence[Batch], statistics: Statistics | None = None
 ) -> QuantPlan:
-    """A plan to try a model with: ranges from a sample, by one calibrator, and all layers on integers that can be.
+    """A plan to try a model with: ranges of whole tensors from a sample, and all layers on integers that can be.
 
     Args:
         model: prepared.
@@ -312,7 +312,8 @@ def trial_plan(
         sample: some calibration batches.
         statistics: of the sample, where it was observed already.
     """
-    recipe = msgspec.structs.replace(recipe, minimum_sqnr_db=-math.inf)
+    activations = msgspec.structs.replace(recipe.activations, granularity=PerTensor())
+    recipe = msgspec.structs.replace(recipe, minimum_sqnr_db=-math.inf, activations=activations)
     draft = place(model, recipe, target)
     observed = statistics or observe(model, candidates(draft), sample)
     values = [value for value in candidates(draft) if value not in draft.probabilities]

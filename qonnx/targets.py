@@ -22,6 +22,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         symmetric: whether every zero point must be 0.
         quantize_outputs: whether a convolution only runs on integers when its output is quantized too.
         integer_operators: whether it takes MatMulInteger, QLinearConv and the like.
+        simulates: whether it computes in float what Q/DQ nodes say, whatever their granularity.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     symmetric: bool
     quantize_outputs: bool
     integer_operators: bool = False
+    simulates: bool = False
 
     @property
     def compute_capability(self) -> tuple[int, int] | None:
@@ -61,6 +63,18 @@ def _tensorrt(name: str, chips: str) -> Target:
     )
 
 
+# What ONNX Runtime computes as the specification says, if it is kept from optimizing.
+_SIMULATED = (
+    Dtype.INT8,
+    Dtype.UINT8,
+    Dtype.INT4,
+    Dtype.UINT4,
+    Dtype.INT16,
+    Dtype.UINT16,
+    Dtype.FLOAT8E4M3FN,
+    Dtype.FLOAT8E5M2,
+)
+
 TARGETS: tuple[Target, ...] = (
     _tensorrt("a800", "A800 / A100"),
     _tensorrt("a100", "A100"),
@@ -85,6 +99,17 @@ TARGETS: tuple[Target, ...] = (
         symmetric=False,
         quantize_outputs=True,
         integer_operators=True,
+    ),
+    Target(
+        name="onnx",
+        description="any other runtime that computes what the ONNX specification says; here without optimizations",
+        device=None,
+        activations=_SIMULATED,
+        weights=_SIMULATED,
+        weight_only=_SIMULATED,
+        symmetric=False,
+        quantize_outputs=False,
+        simulates=True,
     ),
 )
 
