@@ -11,7 +11,8 @@ import onnx_ir as ir
 from qonnx.attention import MOVES, cut_edge, result, value_products, values_index
 from qonnx.graph import dtype_name, is_float, is_initializer, module_path, rank
 from qonnx.linear import LINEAR_OPS, Linear, linear_of
-from qonnx.recipe import Format, PerChannel, Recipe, Weights
+from qonnx.numerics import PerTensor
+from qonnx.recipe import Format, PerChannel, Recipe
 from qonnx.rules import Settings
 from qonnx.targets import Target
 
@@ -107,8 +108,8 @@ def _layers(graph: ir.Graph, recipe: Recipe, target: Target, settings: Mapping[s
         if unfit:
             yield _layer(node, (), node.outputs[0], chosen, left or unfit)
         elif linear is not None:
-            reason = left or _no_gain(linear) or _no_scales(linear, chosen.weights)
-            yield _layer(node, _linear_operands(linear), linear.output, chosen, reason)
+            chosen = _with_possible_scales(linear, chosen)
+            yield _layer(node, _linear_operands(linear), linear.output, chosen, left or _no_gain(linear))
         elif node.op_type != "MatMul" or constants:
             weight = constants[-1] if constants else node.inputs[1]
             yield _layer(node, (), node.outputs[0], chosen, left or why_no_weight(weight))
@@ -239,15 +240,16 @@ def _no_rows(node: ir.Node, recipe: Recipe) -> str:
     return ""
 
 
-def _no_scales(linear: Linear, weights: Weights) -> str:
-    """Weights for which ONNX Runtime's integer kernels have no scales per channel: it loads them and fails to run."""
-    if linear.node.op_type != "MatMul" or not isinstance(weights.granularity, PerChannel):
-        return ""
-    if linear.weight_index == 0:
-        return "its weight comes first: ONNX Runtime has no scales per channel there"
-    if (rank(linear.node.inputs[1]) or 0) > 2:
-        return "its weight is a stack of matrices: ONNX Runtime has no scales per channel there"
-    return ""
+def _with_possible_scales(linear: Linear, chosen: Settings) -> Settings:
+    """One scale a tensor where ONNX Runtime's integer kernels have none per channel: it loads these and fails to run.
+
+    That is so for weights that come first, and for stacks of matrices.
+    """
+    stacked = (rank(linear.node.inputs[1]) or 0) > 2
+    per_channel = isinstance(chosen.weights.granularity, PerChannel)
+    if linear.node.op_type != "MatMul" or not per_channel or not (stacked or linear.weight_index == 0):
+        return chosen
+    return replace(chosen, weights=msgspec.structs.replace(chosen.weights, granularity=PerTensor()))
 
 
 def _no_gain(linear: Linear) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import qonnx
 from qonnx.engine import build_engine
 from qonnx.engine.listing import int8_nodes
 from qonnx.graph import save
@@ -14,7 +15,7 @@ from qonnx.numerics import PerTensor
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.prepare import prepare
 from qonnx.placement import Edge, Placement, candidates, place
-from qonnx.recipe import Match, Recipe, Rule, Weights, load_recipe
+from qonnx.recipe import Match, Recipe, Rule, load_recipe
 from qonnx.targets import target
 from tests.graphs import model_of
 from tests.test_plan import planned
@@ -181,14 +182,6 @@ LEFT_IN_FLOAT = {
     "probabilities that no product made": (
         "g (float[4,32] x, float[32,32] z) => (float[4,32] y) { p = Softmax(x) y = MatMul(p, z) }",
         "no product of queries and keys",
-    ),
-    "weight first": (
-        "g (float[32,20] x, float[32,32] w) => (float[32,20] y) { y = MatMul(w, x) }",
-        "its weight comes first",
-    ),
-    "stack of matrices": (
-        "g (float[4,8,32] x, float[4,32,32] w) => (float[4,8,32] y) { y = MatMul(x, w) }",
-        "stack of matrices",
     ),
     "vector": ("g (float[8,32] x, float[32] w) => (float[8] y) { y = MatMul(x, w) }", "is a vector"),
     "computed weight": (
@@ -386,10 +379,23 @@ def test_a_weight_that_two_layers_read_the_same_way_is_quantized_once() -> None:
     assert axes(placement) == {("w", 1): (Edge("a", 1), Edge("b", 1))}
 
 
-def test_scales_per_tensor_serve_weights_that_have_none_per_channel() -> None:
-    recipe = Recipe(weights=Weights(granularity=PerTensor()))
-    assert reasons(placed(LEFT_IN_FLOAT["weight first"][0], recipe)) == [""]
-    assert reasons(placed(LEFT_IN_FLOAT["stack of matrices"][0], recipe)) == [""]
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (float[32,20] x, float[32,32] w) => (float[32,20] y) { y = MatMul(w, x) }",
+        "g (float[4,8,32] x, float[4,32,32] w) => (float[4,8,32] y) { y = MatMul(x, w) }",
+    ],
+    ids=["weight first", "stack of matrices"],
+)
+@pytest.mark.parametrize("kind", ["int8", "int8-qoperator", "int8-dynamic", "int8-per-token"])
+def test_weights_that_have_no_scales_per_channel_get_one(text: str, kind: str, tmp_path: Path) -> None:
+    model = model_of(text, weights="w", scale=0.2)
+    sizes = model.graph.inputs[0].shape
+    assert sizes is not None
+    batches = [{"x": np.random.default_rng(i).standard_normal(sizes.numpy()).astype(np.float32)} for i in range(4)]
+    result = qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe=kind, target="ort-cpu")
+    assert [tensor.granularity for tensor in result.plan.weights] == [PerTensor()]
+    assert result.comparison.outputs[0].sqnr_db > 30
 
 
 def test_integers_are_no_candidates() -> None:
