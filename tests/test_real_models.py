@@ -1,6 +1,7 @@
 """The promise, on networks with real weights: accuracy kept, layers on INT8 for sm_80, small files, honest figures."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,15 @@ import pytest
 import qonnx
 import qonnx.graph
 from qonnx.engine.listing import int8_nodes
+from qonnx.equalization import equalize
 from qonnx.graph import parameters
+from qonnx.group_error import Quantizers, channel_axes
+from qonnx.group_samples import collect_inputs
+from qonnx.groups import find_groups
+from qonnx.observation import observe
+from qonnx.passes.equalize import Equalization
+from qonnx.passes.prepare import prepare
+from qonnx.passes.rescale_channels import RescaleChannels
 from qonnx.runtime import session
 
 DIMS = {"minilm": {"sequence": (1, 128, 256)}, "mobilenet": {}, "residual": {}}
@@ -50,3 +59,35 @@ def test_from_torch_to_an_int8_engine(name: str, tmp_path: Path) -> None:
     engine = qonnx.build_engine(result.output, tmp_path / "model.plan", dims=DIMS[name])
     planned = int8_nodes(engine.layers, [layer.node for layer in result.plan.quantized_layers])
     assert [layer.node for layer in planned if not layer.int8] == []
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("name", ["mobilenet", "minilm", "ocr"])
+def test_equalization_changes_nothing_before_quantization(name: str, pad: bool, tmp_path: Path) -> None:
+    module = importlib.import_module(f"models.{name}")
+    if hasattr(module, "onnx_file"):
+        source = module.onnx_file()
+    else:
+        example = module.build()
+        source = qonnx.export(
+            example.module, example.args, tmp_path / "model.onnx", dynamic_shapes=example.dynamic_shapes, verify=False
+        )
+    model = qonnx.graph.load(source)
+    prepare(model)
+    batches = list(module.calibration(batches=3, batch_size=4))
+    groups = find_groups(model, explicit=True, pad=pad, bounds=True)
+    axes = channel_axes(groups)
+    statistics = observe(model, list(axes), batches[:2], channel_axes=axes)
+    samples = collect_inputs(model, groups, batches[:2], tokens=64)
+    rescalings, reports = equalize(groups, Equalization(pad=pad), statistics, samples, Quantizers())
+    changed = model.clone()
+    find = {group.value: group for group in find_groups(changed, explicit=True, pad=pad, bounds=True)}
+    RescaleChannels(tuple(replace(each, group=find[each.group.value]) for each in rescalings))(changed)
+    assert len(rescalings) >= 5
+    assert all(report.method or report.reason for report in reports)
+    before, after = (session(each).run(batches[2]) for each in (model, changed))
+    for output, values in before.items():
+        error = np.abs(after[output] - values)
+        assert error.max() < 1e-4 * np.abs(values).max(), output
+        assert np.median(error) < 1e-5 * np.abs(values).max(), output
