@@ -224,7 +224,8 @@ def outlier_consistency(absmax: npt.ArrayLike, threshold: float | None = None) -
 
     Args:
         absmax: [samples, channels] the largest magnitude in each channel of each sample, two samples or more.
-        threshold: magnitudes above it are outliers; None: 20 times the median channel of each sample.
+        threshold: magnitudes above it are outliers; None: 20 times the median channel of each sample, of those that
+            are not 0: behind a Relu half of them often are, and no grid is too coarse for a 0.
 
     Raises:
         DataError: the array has another shape, or elements that are negative, NaN or infinite.
@@ -241,7 +242,7 @@ def outlier_consistency(absmax: npt.ArrayLike, threshold: float | None = None) -
         raise DataError(f"channel maxima of shape {x.shape}: give [samples, channels] with two samples or more")
     if not (np.isfinite(x).all() and (x >= 0).all()):
         raise DataError("channel maxima that are negative, NaN or infinite: give largest magnitudes of finite elements")
-    bound = OUTLIER_FACTOR * np.median(x, axis=1, keepdims=True) if threshold is None else threshold
+    bound = _usual(x) * OUTLIER_FACTOR if threshold is None else threshold
     outlier = x > bound
     largest = np.argsort(-x, axis=1, kind="stable")[:, : max(1, round(x.shape[1] / 100))]
     top = np.zeros_like(outlier)
@@ -253,6 +254,12 @@ def outlier_consistency(absmax: npt.ArrayLike, threshold: float | None = None) -
         outliers=float(outlier.sum(axis=1).mean()),
         top_jaccard=_mean_jaccard(top),
     )
+
+
+def _usual(x: Floats) -> Floats:
+    """[samples, 1] the median over the channels that are not 0; 0 where all are."""
+    median = np.ma.median(np.ma.masked_equal(x, 0), axis=1, keepdims=True)
+    return np.asarray(np.ma.filled(median, 0), np.float32)
 
 
 def _mean_jaccard(members: npt.NDArray[np.bool_]) -> float:

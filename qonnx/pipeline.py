@@ -177,8 +177,8 @@ def quantize(
         model: path of a float ONNX model, or the model itself (it is not changed).
         data: calibration batches, see `qonnx.data.batches`; a single large one is cut into parts. One batch in four is
             held back, up to four, or more when they are small; the first half of these serves to choose on, the other
-            to judge by. Formats that measure no activation beforehand are judged by all of them, and take None, too:
-            then nothing is compared.
+            to judge by. Formats that measure no activation beforehand are judged by these and the first eight, or
+            more when they are small, and take None, too: then nothing is compared.
         output: where the quantized model goes. Nothing is written when anything fails.
         recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
         target: the consumer of the graph, see `qonnx.targets`.

@@ -102,6 +102,16 @@ def test_outliers_that_wander() -> None:
     assert (found.jaccard, found.constant, found.outliers, found.top_jaccard) == (0.0, (), 1.0, 0.0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.9, 1.0])
+def test_channels_of_zeros_make_no_outliers_of_the_others(share: float) -> None:
+    x = np.ones((8, 64), np.float32)
+    x[np.random.default_rng(0).random(x.shape) < share] = 0
+    assert outlier_consistency(x).outliers == 0
+    x[:, 5] = 60
+    x[:, :4] = 1
+    assert outlier_consistency(x).constant == (5,)
+
+
 def test_no_outliers() -> None:
     assert math.isnan(outlier_consistency(np.ones((3, 8))).jaccard)
 
