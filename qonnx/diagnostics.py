@@ -258,8 +258,8 @@ def outlier_consistency(absmax: npt.ArrayLike, threshold: float | None = None) -
 
 def _usual(x: Floats) -> Floats:
     """[samples, 1] the median over the channels that are not 0; 0 where all are."""
-    median = np.ma.median(np.ma.masked_equal(x, 0), axis=1, keepdims=True)
-    return np.asarray(np.ma.filled(median, 0), np.float32)
+    counted = np.where((x > 0) | ~x.any(axis=1, keepdims=True), x, np.float32(np.nan))
+    return np.asarray(np.nanmedian(counted, axis=1, keepdims=True), np.float32)
 
 
 def _mean_jaccard(members: npt.NDArray[np.bool_]) -> float:

@@ -223,7 +223,8 @@ def quantize(
         elif statistics is not None:
             smooth = _unsmoothed(prepared, chosen)
         else:
-            smooth = smoothed(prepared, chosen, consumer, sample, held.kept[:1] or sample[:1])
+            known = _split(held, sample, calibrated)[0]  # the beginning of what is chosen on later: never judged by
+            smooth = smoothed(prepared, chosen, consumer, sample, known or sample[:1])
         clock.lap("smooth")
         draft = place(smooth.model, chosen, consumer)
         if statistics is not None:

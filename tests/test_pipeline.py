@@ -14,6 +14,7 @@ import qonnx
 from qonnx.errors import DataError, ModelError, OutputError, QonnxError, TargetError
 from qonnx.graph import load, save
 from qonnx.runtime import Session, session
+from qonnx.smooth_choice import smoothed
 from tests.graphs import model_of
 
 MLP = (
@@ -52,6 +53,25 @@ def test_the_comparison_is_about_the_written_file(float_file: Path, tmp_path: Pa
     held = [data()[5], data()[9]]
     again = qonnx.compare(float_file, output, held)
     assert again.outputs == result.comparison.outputs
+
+
+def test_smoothing_is_chosen_on_half_of_what_is_held_back(
+    float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def spy(*given: Any) -> Any:
+        seen.extend(given[-1])
+        return smoothed(*given)
+
+    monkeypatch.setattr("qonnx.pipeline.smoothed", spy)
+    single = data(200, rows=1)
+    result = qonnx.quantize(float_file, single, tmp_path / "out.onnx", settings=["activations.calibrator.kind=minmax"])
+    numbers = [next(i for i, batch in enumerate(single) if np.array_equal(batch["x"], each["x"])) for each in seen]
+    held = list(range(1, 200, 4))
+    assert len(numbers) >= 8
+    assert numbers == held[: len(numbers)]
+    assert len(numbers) + result.held_out <= len(held)
 
 
 def test_biases_take_up_the_shift_of_the_mean(float_file: Path, tmp_path: Path) -> None:
