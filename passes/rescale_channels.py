@@ -37,9 +37,10 @@ import onnx_ir as ir
 
 from qonnx.channels import FOREIGN
 from qonnx.errors import ModelError
-from qonnx.graph import Names, constant, rank
+from qonnx.graph import RESCALED, Names, constant, rank
 from qonnx.groups import SmoothGroup, Tap
 from qonnx.linear import Linear
+from qonnx.matching import between
 from qonnx.passes.initializers import as_tensor, dtype_of, replace, store
 from qonnx.passes.move_bounds import move_bounds, needs_one_number
 from qonnx.producers import Kind, Producer
@@ -94,6 +95,8 @@ class RescaleChannels(ir.passes.InPlacePass):
         for edit in edits.values():
             _check_overflow(edit)
         names = Names(model)
+        for rescaling in active:
+            _mark(rescaling)
         for rescaling in active:
             _restore_taps(rescaling, names)
         for rescaling in active:
@@ -251,11 +254,22 @@ def _change_bias(edit: _Edit, added: Vector, names: Names) -> None:
         _add_behind(node.outputs[0], node, as_tensor(added, kind), names)
 
 
+def _mark(rescaling: Rescaling) -> None:
+    """Says at every operator whose result changes that it does: it cannot be compared with the original's."""
+    producer, consumers = rescaling.group.producer, rescaling.group.consumers
+    if producer.kind is Kind.NONE:
+        return  # its result stays: what is put behind it is new
+    changed = [*between(producer.value, [consumer.linear.data for consumer in consumers])]
+    if producer.linear is not None and producer.linear.bias_node is not None:
+        changed.append(producer.linear.bias_node)
+    for node in (producer.node, *changed):
+        if node is not None:
+            node.metadata_props[RESCALED] = rescaling.method or "yes"
+
+
 def _change_producer(rescaling: Rescaling, names: Names) -> None:
     """Scale and bias of a normalisation; the operators of their own where nothing absorbs them."""
     producer, scale, shift = rescaling.group.producer, rescaling.scale, rescaling.offset
-    if producer.node is not None and rescaling.method:
-        producer.node.metadata_props["qonnx.rescaled"] = rescaling.method
     if producer.kind is Kind.NONE:
         _insert_in_front(rescaling, names)
     if producer.scale is None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qonnx.data import batches
 from qonnx.errors import ModelError
-from qonnx.graph import load
+from qonnx.graph import RESCALED, load
 from qonnx.runtime import Optimization, session, with_outputs
 
 Array = npt.NDArray[Any]
@@ -75,7 +75,8 @@ class Comparison(msgspec.Struct, frozen=True):
         outputs: one entry per graph output, in the order of the reference.
         layers: one entry per layer found in both models, in network order; empty unless asked for. Errors accumulate:
             each entry holds what all layers before it have done.
-        unmatched_layers: results of layers of the reference that the candidate has no float value of that name for.
+        unmatched_layers: results of layers of the reference that the candidate has no float value of that name for, or
+            one that smoothing has scaled.
         batches: how many batches were compared.
         optimization: how ONNX Runtime ran the candidate; less than `ALL` means that integers were simulated in float.
     """
@@ -246,12 +247,20 @@ class _Layers:
     def __init__(self, reference: ir.Model, candidate: ir.Model) -> None:
         original, quantized = _results(reference), _results(candidate)
         layers = {name: node for name, node in original.items() if _is_layer(node) or _is_layer(quantized.get(name))}
+        # Smoothing gives the same name to other numbers: what it did is undone further on.
+        rescaled = {name for name, node in quantized.items() if RESCALED in node.metadata_props}
         self._nodes = {
-            name: node if _is_layer(node) else quantized[name] for name, node in layers.items() if name in quantized
+            name: node if _is_layer(node) else quantized[name]
+            for name, node in layers.items()
+            if name in quantized and name not in rescaled
         }
         # A convolution that has absorbed its BatchNormalization carries the latter's value name: it is not missing.
         found = {quantized[name].name for name in self._nodes}
-        self._missing = [name for name, node in layers.items() if name not in quantized and node.name not in found]
+        self._missing = [
+            name
+            for name, node in layers.items()
+            if name in rescaled or (name not in quantized and node.name not in found)
+        ]
         self._sums = {name: _Sums() for name in self._nodes}
         self._bytes: dict[str, int] = {}
         self._reference = session(with_outputs(reference, self._nodes))

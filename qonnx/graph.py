@@ -23,6 +23,9 @@ EXTERNAL_DATA_BYTES = 64 * 1024 * 1024
 # Where a quantized file keeps the reason for a layer in float: the metadata of its node.
 FLOAT_REASON = "qonnx.float_reason"
 
+# The metadata of a node whose result is scaled or shifted per channel, compared with the float model of that name.
+RESCALED = "qonnx.rescaled"
+
 # The types that QuantizeLinear takes; float64 is not one of them.
 FLOAT_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
@@ -52,3 +52,23 @@ def check_closed(nodes: Sequence[ir.Node]) -> None:
         for value in node.outputs:
             if value.is_graph_output() or any(usage.node not in inside for usage in value.uses()):
                 raise MismatchError
+
+
+def between(start: ir.Value, ends: Iterable[ir.Value]) -> tuple[ir.Node, ...]:
+    """The nodes on all paths from a value to others, each once."""
+    ahead: dict[ir.Node, None] = {}
+    wanted = set(ends)
+    pending = [value for value in wanted if value is not start]
+    behind: dict[ir.Node, None] = {}
+    while pending:
+        node = pending.pop().producer()
+        if node is not None and node not in behind:
+            behind[node] = None
+            pending += [value for value in node.inputs if value is not None and value is not start]
+    following = [start]
+    while following:
+        for usage in following.pop().uses():
+            if usage.node in behind and usage.node not in ahead:
+                ahead[usage.node] = None
+                following += usage.node.outputs
+    return tuple(ahead)

@@ -6,14 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qonnx.comparison import compare
 from qonnx.errors import ModelError
-from qonnx.graph import constant
+from qonnx.graph import RESCALED, constant
 from qonnx.groups import Residual, find_groups
 from qonnx.passes.infer_shapes import InferShapes
 from qonnx.passes.name_nodes import NameNodes
+from qonnx.passes.prepare import prepare
 from qonnx.passes.rescale_channels import RescaleChannels, Rescaling, Vector
 from tests.graphs import model_of
-from tests.helpers import Array, assert_same_function, operators, run
+from tests.helpers import Array, assert_same_function, operators, random_feeds, run
 from tests.smoothing import prepared, random_rescaling, rescale_everything
 
 WEIGHTS = "w1 w2 w3 g b b1 b2"
@@ -278,3 +280,20 @@ def test_runs_optimized_too() -> None:
     rescale_everything(model)
     for name, array in run(model, feeds, optimize=True).items():
         np.testing.assert_allclose(array, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_whose_results_changed_are_not_compared_with_the_original() -> None:
+    text = (
+        "g (float[n,16] x, float[16,16] w, float[16] b, float[16,16] w2, float[16,16] w3) => (float[n,16] y) "
+        "{ [up] h = Gemm(x, w, b) r = Relu(h) [down] d = MatMul(r, w2) [last] y = MatMul(d, w3) }"
+    )
+    model = model_of(text, weights="w b w2 w3")
+    prepare(model)
+    original = model.clone()
+    (group,) = (group for group in find_groups(model) if group.value == "h")
+    RescaleChannels((Rescaling(group, np.linspace(0.5, 2.0, 16)),))(model)
+    assert [node.name for node in model.graph if RESCALED in node.metadata_props] == ["up", model.graph[1].name]
+    result = compare(original, model, [random_feeds(model)], layers=True)
+    assert [layer.node for layer in result.layers] == ["down", "last"]
+    assert result.unmatched_layers == ("h",)
+    assert min(layer.sqnr_db for layer in result.layers) > 90
