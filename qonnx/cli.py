@@ -204,6 +204,8 @@ def calibrate(
         partial.unlink(missing_ok=True)
     tensors, batches = count(len(statistics.tensors), "tensor"), count(statistics.batches, "batch")
     typer.echo(f"wrote {output}: {tensors} over {batches}")
+    for warning in statistics.warnings:
+        typer.echo(f"warning: {warning}")
     if cache:
         typer.echo(f"wrote {cache}: ranges by {calibrator}, for TensorRT {tensorrt_version}")
 
@@ -303,9 +305,9 @@ def quantize(
         write_plan(result.plan.to_json())
         write_json(_json(result))
     _print(result_tables(result))
-    if result.warnings:
+    if result.warnings and result.plan.quantized_layers:
         _next("compare", model, output, "--data", data or "FOLDER", "--layers")
-    elif find_target(target).compute_capability:
+    elif not result.warnings and find_target(target).compute_capability:
         _next("engine", output, "-o", output.with_suffix(".plan"), "--target", target)
 
 

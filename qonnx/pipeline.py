@@ -8,11 +8,12 @@ appears at the output path before the last step.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ class Result(msgspec.Struct, frozen=True):
         plan: every decision.
         comparison: float against quantized model, on batches that neither calibration nor any choice saw; empty
             without data.
-        held_out: the number of those batches; 0 when there was only one batch and it served for both.
+        held_out: the number of those batches; 0 when calibration saw them, too: there was only one batch, or the
+            statistics that were given are of the same data.
         float_bytes: weights before, in bytes.
         quantized_bytes: weights after, in bytes.
         lookup_bytes: how many of them are embedding tables and the like, which are looked up and not multiplied; they
@@ -153,7 +155,17 @@ def calibrate(
         )
     elif not others:
         raise DataError("nothing to calibrate on: give data, or statistics to merge")
-    return functools.reduce(Statistics.merge, [*others, total])
+    merged = functools.reduce(Statistics.merge, [*others, total])
+    return dataclasses.replace(merged, warnings=_counted_twice([*others, total]))
+
+
+def _counted_twice(parts: Sequence[Statistics]) -> tuple[str, ...]:
+    seen = Counter(part.data for part in parts if part.batches)
+    return tuple(
+        f"{times} of the merged parts were measured on the same data: these count {times} times; merge each part once"
+        for times in seen.values()
+        if times > 1
+    )
 
 
 def quantize(
@@ -202,6 +214,11 @@ def quantize(
     _check_output(model, output)
     calibrated = chosen.format.calibrated if given is None else given.format.calibrated
     if data is None and given is None and calibrated:
+        if statistics is not None:
+            raise DataError(
+                "statistics do not tell what the outputs lose: give data, too, for the choice of ranges, for the bias "
+                "correction and for the comparison"
+            )
         raise DataError(f"recipe {chosen.name} needs calibration data; give some, or take one that needs none: {_FREE}")
     if statistics is not None and not calibrated:
         raise DataError(f"format {chosen.format} measures activations when the model runs, or none: omit statistics")
@@ -246,6 +263,7 @@ def quantize(
                 progress=progress,
             )
         deque(stream, maxlen=0)  # what was not read yet may hold batches to keep back
+        seen = _seen(held, measured if statistics is not None and given is None else None) if calibrated else ""
         clock.lap("calibrate")
         file = folder / output.name
         chosen_on, judged = _split(held, sample, calibrated)
@@ -266,13 +284,13 @@ def quantize(
         output=str(output),
         plan=attempt.plan,
         comparison=comparison,
-        held_out=0 if held.shared and calibrated else len(judged),
+        held_out=0 if seen else len(judged),
         float_bytes=parameters(prepared)[1],
         quantized_bytes=attempt.bytes,
         lookup_bytes=_lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
         notes=(*notes, *smooth.notes),
-        warnings=(*lost, *_warnings(attempt, comparison, held, chosen, calibrated, smooth.warning)),
+        warnings=(*lost, *_warnings(attempt, comparison, held, chosen, calibrated, (smooth.warning, seen))),
         costs=attempt.costs,
         diagnostics=diagnostics,
         smoothing=smooth.reports,
@@ -294,6 +312,15 @@ def _split(held: HoldOut, sample: list[Batch], calibrated: bool) -> tuple[list[B
         return [], held.kept if held.shared else sample + held.kept
     half = max(1, len(held.kept) // 2)
     return held.kept[:half], held.kept[half:] or held.kept
+
+
+def _seen(held: HoldOut, given: Statistics | None) -> str:
+    """Why the batches to judge by are none that calibration did not see, or ""."""
+    if held.shared:
+        return "only one batch was given: the comparison uses the batch that calibration saw"
+    if given is not None and given.data == held.digest:
+        return "the statistics are of the same data: the comparison uses batches that calibration saw; give others"
+    return ""
 
 
 def _channel_axes(model: ir.Model, recipe: Recipe, draft: Placement) -> dict[str, int]:
@@ -388,7 +415,12 @@ def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tu
 
 
 def _warnings(
-    attempt: Attempt, comparison: Comparison, held: HoldOut, recipe: Recipe, calibrated: bool, unsmoothed: str
+    attempt: Attempt,
+    comparison: Comparison,
+    held: HoldOut,
+    recipe: Recipe,
+    calibrated: bool,
+    known: Sequence[str],
 ) -> tuple[str, ...]:
     """What to say loudly."""
     warnings = []
@@ -411,11 +443,8 @@ def _warnings(
             warnings.append(f"output {output.name}: its shape differs in {output.mismatched_batches} batches")
     if not calibrated:
         return tuple(warnings)
-    if unsmoothed:
-        warnings.append(unsmoothed)
-    if held.shared:
-        warnings.append("only one batch was given: the comparison uses the batch that calibration saw")
-    elif len(held.kept) == 1:
+    warnings += filter(None, known)
+    if len(held.kept) == 1 and not held.shared:
         warnings.append("one batch was held back, on which choices were made too: give six batches or more")
     return tuple(warnings)
 

@@ -116,6 +116,7 @@ class Statistics:
         samples: the sizes of the first axis of the first input, added up.
         data: the `qonnx.data.Digest` of these batches, as hexadecimal digits.
         model: the `qonnx.fingerprint.fingerprint` of the model they were run through; "" where nobody noted it.
+        warnings: what the user should know before using them; neither merged nor saved.
     """
 
     tensors: Mapping[str, TensorStatistics]
@@ -123,6 +124,7 @@ class Statistics:
     samples: int = 0
     data: str = ""
     model: str = ""
+    warnings: tuple[str, ...] = ()
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both runs together, as if one run had seen the data of both.

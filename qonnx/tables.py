@@ -50,7 +50,7 @@ def result_tables(result: Result) -> list[Text]:
     verdict = _verdict(result.comparison.outputs)
     if result.comparison.batches:
         unseen = "held-back batch" if plan.format.calibrated else "batch"
-        verdict += f", judged on {count(result.held_out, unseen) if result.held_out else 'the calibration batch'}"
+        verdict += f", judged on {count(result.held_out, unseen) if result.held_out else 'what calibration saw'}"
     if result.warnings:
         lines = [Text(f"{result.output}: check it before use; {verdict}", _BAD)]
     else:

@@ -664,6 +664,15 @@ def test_a_goal_that_is_missed_is_the_first_thing_said(qonnx_: Qonnx, folder: Pa
     assert "what the outputs keep when only this layer is quantized\nSQNR dB\n" in done.out
 
 
+def test_where_nothing_was_quantized_no_layers_are_to_be_compared(qonnx_: Qonnx, folder: Path) -> None:
+    (folder / "none.yaml").write_text("rules:\n  - match: {op: '*'}\n    skip: true\n")
+    for options in ("--recipe none.yaml", "--recipe none.yaml --set format=weight_only"):
+        done = qonnx_(f"{QUANTIZE} {options}")
+        assert done.code == 0
+        assert "warning: no layer was quantized" in done.out
+        assert "next: " not in done.out
+
+
 def test_reasons_are_said_once_and_long_lists_are_cut_short() -> None:
     layers = [LayerPlan(f"fc{number}", "Gemm", "y", reason="too small") for number in range(3)]
     layers += [LayerPlan(f"conv{number}", "Conv", "y", reason=f"costs {number} dB") for number in range(20)]
@@ -872,6 +881,14 @@ def test_parts_of_the_data_are_merged(qonnx_: Qonnx, folder: Path) -> None:
     for name in ("both.npz", "more.npz"):
         assert_same(Statistics.load(name), Statistics.load("out.npz"))
     assert qonnx_(QUANTIZE + " --statistics both.npz").code == 0
+
+
+def test_a_part_that_is_merged_twice_counts_twice_and_it_says_so(qonnx_: Qonnx, folder: Path) -> None:
+    assert qonnx_(CALIBRATE).code == 0
+    for others in ("--merge out.npz", "--data calib"):
+        done = qonnx_(f"calibrate model.onnx --merge out.npz {others} -o both.npz")
+        words = "2 of the merged parts were measured on the same data: these count 2 times; merge each part once"
+        assert done == Done(0, f"wrote both.npz: 2 tensors over 8 batches\nwarning: {words}\n", "")
 
 
 def test_statistics_of_another_model_are_refused(qonnx_: Qonnx, folder: Path) -> None:

@@ -224,6 +224,30 @@ def test_statistics_serve_many_recipes(float_file: Path, tmp_path: Path) -> None
         assert result.comparison.outputs[0].sqnr_db > 20
 
 
+def test_statistics_of_the_same_data_leave_nothing_unseen_to_judge_by(float_file: Path, tmp_path: Path) -> None:
+    statistics = qonnx.calibrate(float_file, data())
+    result = qonnx.quantize(float_file, data(), tmp_path / "q.onnx", statistics=statistics)
+    assert result.held_out == 0
+    (warning,) = result.warnings
+    assert warning.startswith("the statistics are of the same data: the comparison uses batches that calibration saw")
+    other = qonnx.quantize(float_file, data(seed=1), tmp_path / "q.onnx", statistics=statistics)
+    assert other.held_out == 2
+    assert not other.warnings
+
+
+def test_a_plan_is_not_made_from_the_statistics_beside_it(float_file: Path, tmp_path: Path) -> None:
+    statistics = qonnx.calibrate(float_file, data())
+    plan = qonnx.quantize(float_file, data(seed=1), tmp_path / "q.onnx", statistics=statistics).plan
+    again = qonnx.quantize(float_file, data(), tmp_path / "q.onnx", plan=plan, statistics=statistics)
+    assert again.held_out == 2
+
+
+def test_statistics_alone_are_not_enough(float_file: Path, tmp_path: Path) -> None:
+    statistics = qonnx.calibrate(float_file, data())
+    with pytest.raises(DataError, match=r"statistics do not tell .*: give data, too"):
+        qonnx.quantize(float_file, None, tmp_path / "q.onnx", statistics=statistics)
+
+
 def test_the_data_of_the_float_model_are_not_overwritten(tmp_path: Path) -> None:
     model = model_of(MLP, weights="w b w2 b2", scale=0.2)
     ir.save(model, tmp_path / "model.onnx", external_data="q.onnx.data")
