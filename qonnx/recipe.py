@@ -12,6 +12,7 @@ import msgspec
 
 from qonnx.calibrators import Auto, Average, Calibrator, MinMax, Percentile
 from qonnx.errors import RecipeError, TargetError
+from qonnx.explain import explain
 from qonnx.numerics import Dtype, PerTensor
 from qonnx.passes.equalize import AutoEqualization, Equalization, NoEqualization
 from qonnx.passes.outlier_suppression import OutlierSuppression
@@ -266,7 +267,7 @@ def load_recipe(name_or_file: str | os.PathLike[str], settings: Sequence[str] = 
     try:
         return msgspec.convert(document, Recipe)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"recipe {where}: {_explain(error)}") from error
+        raise RecipeError(f"recipe {where}: {explain(error, Recipe)}") from error
 
 
 def resolve(recipe: Recipe, target: Target) -> Recipe:
@@ -430,11 +431,3 @@ def _apply(document: dict[str, Any], setting: str) -> None:
         document[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"setting {setting!r}: the value is not readable as YAML") from error
-
-
-def _explain(error: msgspec.ValidationError) -> str:
-    """`Object contains unknown field `x` - at `$.weights`` in the words of someone who writes YAML."""
-    text = str(error).replace("Object contains unknown field", "unknown key").replace("Object missing", "missing")
-    message, _, place = text.partition(" - at ")
-    place = place.strip("`").removeprefix("$").removeprefix(".")
-    return f"{message} in {place}" if place else message

@@ -56,6 +56,44 @@ def test_a_wrong_recipe_is_one_line_that_names_the_place(text: str, message: str
     assert "\n" not in str(error.value)
 
 
+BLOCKED = "weights.granularity={kind: blocked"
+CALIBRATORS = "minmax, average, ema, percentile, entropy, mse"
+DTYPES = ", ".join(Dtype)
+
+
+@pytest.mark.parametrize(
+    ("setting", "end"),
+    [
+        ("smooth.kind=smooth_quant", "in smooth.kind: choose one of none, smoothquant, outlier_suppression, auto"),
+        ("smooth=none", "in smooth: give kind, one of none, smoothquant, outlier_suppression, auto"),
+        ("smooth={}", "`kind` in smooth: give kind, one of none, smoothquant, outlier_suppression, auto"),
+        ("equalize.kind=x", "in equalize.kind: choose one of none, always, auto"),
+        ("weights.dtype=int9", f"in weights.dtype: choose one of {DTYPES}"),
+        ("weights.clip=x", "in weights.clip: choose one of none, mse"),
+        ("weights.granularity.kind=x", "choose one of per_channel, per_tensor, blocked"),
+        ("activations.dtype=int9", f"in activations.dtype: choose one of {DTYPES}"),
+        ("activations.granularity.kind=x", "choose one of per_tensor, per_channel, blocked"),
+        ("activations.calibrator.kind=x", f"choose one of {CALIBRATORS}, auto"),
+        (
+            "activations.calibrator.candidates=[{kind: ema}]",
+            "candidates[0].kind: choose one of minmax, average, percentile, entropy, mse",
+        ),
+        ("format=x", "in format: choose one of qdq, qoperator, dynamic, per_token, weight_only"),
+        ("operators=x", "in operators: choose one of onnx, microsoft"),
+        ("rules=[{match: {role: x}}]", "role: choose one of first, last, attention, mlp, lm_head, embedding"),
+        ("rules=[{match: {}, weights: {clip: x}}]", "in rules[0].weights.clip: choose one of none, mse"),
+        ("rules=[{match: {}, activations: {calibrator: {kind: x}}}]", f"choose one of {CALIBRATORS}"),
+        (BLOCKED + ", block_size: x}", "Expected `int`, got `str` in weights.granularity.block_size"),
+        (BLOCKED + ", size: 3}", "unknown key `size` in weights.granularity"),
+    ],
+)
+def test_a_wrong_choice_names_the_right_ones(setting: str, end: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe("int8", [setting])
+    assert str(error.value).endswith(end)
+    assert "\n" not in str(error.value)
+
+
 def test_an_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(RecipeError, match="int8-minmax"):
         load_recipe("int9")
