@@ -274,8 +274,10 @@ def resolve(recipe: Recipe, target: Target) -> Recipe:
     """Fills in what the recipe leaves to the target.
 
     Raises:
+        RecipeError: the recipe says something that its format cannot follow.
         TargetError: the target cannot run what the recipe asks for.
     """
+    _check_followed(recipe)
     dtype = _activation_dtype(recipe, target)
     resolved = msgspec.structs.replace(recipe, activations=msgspec.structs.replace(recipe.activations, dtype=dtype))
     _check(resolved, target)
@@ -297,12 +299,44 @@ def _as_ruled(recipe: Recipe, rule: Rule) -> Recipe:
 def _check(recipe: Recipe, target: Target) -> None:
     dtype = recipe.activations.dtype
     _check_format(recipe, target)
-    assert dtype is not msgspec.UNSET
-    check_types(target, None if recipe.format is Format.WEIGHT_ONLY else dtype, recipe.weights.dtype)
+    check_types(target, None if dtype is msgspec.UNSET else dtype, recipe.weights.dtype)
 
 
-def _activation_dtype(recipe: Recipe, target: Target) -> Dtype:
-    """What the recipe says, or what the operators of its format make."""
+def _check_followed(recipe: Recipe) -> None:
+    """Refuses what is said and would be passed over in silence by the format.
+
+    Raises:
+        RecipeError: with the key and the formats that follow it.
+    """
+    usual, kind = Recipe(), recipe.format
+    if kind in (Format.QDQ, Format.DYNAMIC, Format.PER_TOKEN) and recipe.operators is not usual.operators:
+        raise _not_followed("operators", kind, "format qoperator or weight_only")
+    if kind.calibrated:
+        return
+    for key in ("product_outputs", "residuals", "minimum_sqnr_db"):
+        if getattr(recipe, key) != getattr(usual, key):
+            raise _not_followed(key, kind, "format qdq or qoperator")
+    if recipe.activations.calibrator != usual.activations.calibrator:
+        raise _not_followed("activations.calibrator", kind, "format qdq or qoperator")
+    for number, rule in enumerate(recipe.rules, start=1):
+        for key in rule.activations.__struct_fields__:
+            fixed = key == "dtype" and kind is not Format.WEIGHT_ONLY  # `_check_format` compares it with that type
+            if not fixed and getattr(rule.activations, key) is not msgspec.UNSET:
+                raise _not_followed(f"activations.{key} of rule {number}", kind, "format qdq or qoperator")
+    if kind is Format.WEIGHT_ONLY:
+        for key in ("dtype", "granularity"):
+            if getattr(recipe.activations, key) != getattr(usual.activations, key):
+                raise _not_followed(f"activations.{key}", kind, "a format that quantizes activations, such as qdq")
+        if recipe.attention != usual.attention:
+            raise _not_followed("attention", kind, "a format that quantizes activations, such as qdq")
+
+
+def _not_followed(key: str, kind: Format, remedy: str) -> RecipeError:
+    return RecipeError(f"{key} means nothing in format {kind}: leave it out, or use {remedy}")
+
+
+def _activation_dtype(recipe: Recipe, target: Target) -> Dtype | msgspec.UnsetType:
+    """What the recipe says, or what the operators of its format make; nothing where activations stay in float."""
     if recipe.activations.dtype is not msgspec.UNSET:
         return recipe.activations.dtype
     match recipe.format:
@@ -310,6 +344,8 @@ def _activation_dtype(recipe: Recipe, target: Target) -> Dtype:
             return Dtype.UINT8
         case Format.PER_TOKEN:
             return Dtype.INT8
+        case Format.WEIGHT_ONLY:
+            return msgspec.UNSET
     return target.activations[0]
 
 

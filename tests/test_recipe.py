@@ -1,5 +1,6 @@
 """Recipes: strict in, readable out."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,8 @@ import pytest
 from qonnx.calibrators import MinMax
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Dtype, PerTensor
-from qonnx.recipe import RECIPES, Recipe, Rule, load_recipe, resolve, to_yaml
-from qonnx.targets import target
+from qonnx.recipe import RECIPES, Format, Operators, Recipe, Rule, load_recipe, resolve, to_yaml
+from qonnx.targets import TARGETS, target
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
@@ -108,6 +109,68 @@ def test_a_wrong_setting_is_refused(setting: str) -> None:
 def test_the_target_fills_in_the_activation_type() -> None:
     assert resolve(Recipe(), target("a800")).activations.dtype is Dtype.INT8
     assert resolve(Recipe(), target("ort-cpu")).activations.dtype is Dtype.UINT8
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_built_in_recipes_say_nothing_that_their_format_passes_over(recipe: Recipe) -> None:
+    fitting = []
+    for each in TARGETS:
+        try:
+            resolve(recipe, each)
+        except TargetError:  # a RecipeError is let through
+            continue
+        fitting.append(each.name)
+    everywhere = {each.name for each in TARGETS}
+    expected = {
+        Format.QDQ: everywhere,
+        Format.WEIGHT_ONLY: everywhere,
+        Format.QOPERATOR: {"ort-cpu"},
+        Format.DYNAMIC: {"ort-cpu"},
+        Format.PER_TOKEN: {"ort-cpu"},
+    }[recipe.format]
+    if recipe.operators is Operators.MICROSOFT:
+        expected = {"ort-cpu"}
+    without = {"fp8": {"a800", "a100", "t4", "rtx3090", "orin", "ort-cpu"}}
+    without |= {name: {"t4"} for name in ("w8", "w4", "w4-block32")}
+    assert set(fitting) == expected - without.get(recipe.name, set())
+
+
+FIXED = ["format=dynamic", "format=per_token", "format=weight_only"]
+RULE = "rules=[{match: {}, activations: {calibrator: {kind: minmax}}}]"
+RULE_TYPE = "rules=[{match: {}, skip: true}, {match: {}, activations: {dtype: int8}}]"
+
+
+@pytest.mark.parametrize(
+    ("formats", "setting", "key"),
+    [
+        (["format=qdq", *FIXED[:2]], "operators=microsoft", "operators"),
+        (FIXED, "product_outputs=true", "product_outputs"),
+        (FIXED, "residuals=true", "residuals"),
+        (FIXED, "minimum_sqnr_db=20", "minimum_sqnr_db"),
+        (FIXED, "activations.calibrator.kind=minmax", "activations.calibrator"),
+        (FIXED, RULE, "activations.calibrator of rule 1"),
+        (FIXED[2:], "activations.dtype=int8", "activations.dtype"),
+        (FIXED[2:], "activations.granularity.kind=per_channel", "activations.granularity"),
+        (FIXED[2:], "attention=false", "attention"),
+        (FIXED[2:], RULE_TYPE, "activations.dtype of rule 2"),
+    ],
+)
+def test_what_a_format_would_pass_over_in_silence_is_refused(formats: list[str], setting: str, key: str) -> None:
+    for chosen in formats:
+        kind = chosen.removeprefix("format=")
+        words = f"{re.escape(key)} means nothing in format {kind}: leave it out, or use .*format"
+        with pytest.raises(RecipeError, match=words):
+            resolve(load_recipe("int8", [chosen, setting]), target("ort-cpu"))
+
+
+def test_what_a_format_makes_anyway_may_be_said() -> None:
+    for name, kind in (("int8-dynamic", "uint8"), ("int8-per-token", "int8")):
+        rule = f"rules=[{{match: {{}}, activations: {{dtype: {kind}}}}}]"
+        chosen = resolve(load_recipe(name, [f"activations.dtype={kind}", rule]), target("ort-cpu"))
+        assert resolve(chosen, target("ort-cpu")) == chosen
+    for name in ("int8", "int8-qoperator", "w8", "w4-nbits"):
+        chosen = resolve(load_recipe(name), target("ort-cpu"))
+        assert resolve(chosen, target("ort-cpu")) == chosen
 
 
 def test_what_a_target_cannot_run_is_refused_with_the_alternative() -> None:
