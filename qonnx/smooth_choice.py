@@ -2,14 +2,14 @@
 
 The factors are found on some calibration batches. With `auto`, channels that stick out too far for any factor are
 repeated first (`qonnx.splitting`). Then the quantized network is built and run both ways, with the same layers on
-integers, and the smoothed one is kept where its worst output is better on a held-back batch.
+integers, and the smoothed one is kept where its worst output is better on held-back batches. What takes nodes at run
+time is tried last, and only where the goal is missed without.
 All other statistics are measured on the model that this returns.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,34 +17,34 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from qonnx.bias_correction import correct_biases
-from qonnx.calibrators import Average
-from qonnx.comparison import difference
 from qonnx.equalization import equalize
 from qonnx.errors import RecipeError
-from qonnx.formats import insert
 from qonnx.group_error import Quantizers, Vector, channel_axes
 from qonnx.group_samples import collect_inputs
 from qonnx.groups import Residual, SmoothGroup, find_groups
-from qonnx.numerics import Dtype, PerTensor
+from qonnx.numerics import PerTensor
 from qonnx.observation import observe
 from qonnx.passes.equalize import AutoEqualization, Equalization, NoEqualization
 from qonnx.passes.infer_shapes import InferShapes
 from qonnx.passes.rescale_channels import RescaleChannels, Rescaling
 from qonnx.passes.split_channels import Split, SplitChannels
-from qonnx.placement import candidates, place
-from qonnx.plan import QuantPlan, SmoothPlan, make_plan
-from qonnx.ranges import calibrated
-from qonnx.rebatch import Batch
-from qonnx.recipe import Format, Recipe
-from qonnx.runtime import session
+from qonnx.placement import Placement, candidates, place
+from qonnx.plan import SmoothPlan
+from qonnx.rebatch import Batch, rows
+from qonnx.recipe import Recipe
 from qonnx.smoothing import AutoSmoothing, GroupReport, Method, NoSmoothing, decide
 from qonnx.splitting import find_splits, repeated
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
+from qonnx.trial import activation_dtype, outputs_keep, trial_plan
 
-# What smoothing must gain at the outputs to be kept: less is as likely chance.
+# What smoothing must gain at the outputs to be kept: less is as likely chance, and so is more where few samples tell.
 _WORTH_IT_DB = 0.25
+_WORTH_IT_ON_FEW_DB = 1.0
+_FEW_SAMPLES = 8
+
+# What it must gain to be kept where it takes nodes at run time.
+_WORTH_NODES_DB = 1.0
 
 # Channels that are made equally wide are all cut off a little by data that calibration did not see, where before only
 # the widest were: their extremes must be known. So many rows (tokens, pixels) of a tensor are enough.
@@ -52,6 +52,9 @@ _FEWEST_ROWS = 512
 
 # Methods that are kept where the outputs gain by them.
 AUTOMATIC = (AutoSmoothing, AutoEqualization)
+
+# What `RescaleChannels` says about the nodes that it puts in.
+_RESCALED = "RescaleChannels"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Smoothed:
         plans: what was done, to be done again from a plan.
         reports: every group, in graph order.
         notes: how it went, a line for each method.
-        warning: that nothing could be done although it was asked for, or "".
+        warning: that nothing could be done although it was asked for, or that it was done by few data, or "".
         keeps_db: what the worst output keeps of the model in integers, where that was measured.
     """
 
@@ -87,14 +90,16 @@ class Smoothed:
             self,
             reports=self.reports + reports,
             notes=(*self.notes, why) if automatic else self.notes,
-            warning=self.warning if automatic else "; ".join(filter(None, (self.warning, why))),
+            warning=self.warning if automatic else _join(self.warning, why),
         )
 
 
 def smoothed(
     model: ir.Model, recipe: Recipe, target: Target, sample: Sequence[Batch], choose: Sequence[Batch]
 ) -> Smoothed:
-    """Smooths a model as a recipe says, and equalizes it then.
+    """Equalizes a model as a recipe says, and smooths it then.
+
+    What `auto` finds takes no node at run time at first. Nodes are tried where the outputs miss the recipe's goal then.
 
     Args:
         model: prepared; it is not changed.
@@ -106,18 +111,52 @@ def smoothed(
     Raises:
         RecipeError: the recipe smooths, but its format does not measure activations beforehand.
     """
-    result = Smoothed(model)
-    for method in (recipe.smooth, recipe.equalize):
+    result, costly = Smoothed(model), []
+    # Equalization comes first: it needs no nodes for most of what smoothing would need some for.
+    for method in (recipe.equalize, recipe.smooth):
         if isinstance(method, NoSmoothing | NoEqualization):
             continue
-        if recipe.format.calibrated:
-            result = _next(result, method, recipe, target, sample, choose)
-        elif not isinstance(method, AUTOMATIC):
+        if not recipe.format.calibrated:
+            if isinstance(method, AUTOMATIC):
+                continue
             word = "equalize" if isinstance(method, Equalization) else "smooth"
             raise RecipeError(
                 f"format {recipe.format} fits its scales when the model runs: {word} with qdq or qoperator"
             )
+        if isinstance(method, AUTOMATIC) and method.nodes:
+            costly.append(method)
+            method = msgspec.structs.replace(method, nodes=False)
+        result = _next(result, method, recipe, target, sample, choose)
+    for method in costly:
+        result = _with_nodes(result, method, recipe, target, sample, choose)
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What a method would do with a model.
+
+    Attributes:
+        plans: what to do.
+        reports: every group, those left out that are there by an earlier method.
+        statistics: of all tensors that will be quantized, on the sample.
+        rows: the fewest rows that were seen of a tensor of these groups.
+    """
+
+    plans: tuple[SmoothPlan, ...]
+    reports: tuple[GroupReport, ...]
+    statistics: Statistics
+    rows: int
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes it takes at run time."""
+        return sum(report.nodes for report in self.reports)
+
+    def words(self, verb: str) -> str:
+        """What is done, as the beginning of a sentence."""
+        nodes = f", with {self.nodes} nodes at run time" if self.nodes else ""
+        return f"{verb} {len(self.plans)} of {len(self.reports)} groups of channels{nodes}{_repeats(self.plans)}"
 
 
 def _next(
@@ -129,20 +168,83 @@ def _next(
     choose: Sequence[Batch],
 ) -> Smoothed:
     """What one more method makes of a model."""
-    model, quantizers = before.model, _quantizers(recipe, target)
-    look = _Look.of(method)
+    model, verb = before.model, _verb(method)
     draft = place(model, recipe, target)
-    quantized = {layer.node for layer in draft.layers if not layer.reason}
-    groups = _read_by(quantized, look.groups(model))
-    verb = "equalized" if isinstance(method, Equalization) else "smoothed"
+    groups = _read_by(draft, _Look.of(method).groups(model))
     if all(group.reason for group in groups):
-        reports = decide(groups, AutoSmoothing(), Statistics({}), {}, quantizers)[1]
+        reports = decide(groups, AutoSmoothing(), Statistics({}), {}, _quantizers(recipe, target))[1]
         reason = reports[0].reason if reports else "no quantized layer reads channels"
-        return before.unchanged(method, reports, f"nothing can be {verb}: {reason}")
+        return before.unchanged(method, _told(reports, groups), f"nothing can be {verb}: {reason}")
+    found = _find(model, method, draft, groups, _quantizers(recipe, target), sample)
+    if not found.plans:
+        return before.unchanged(method, found.reports, f"not {verb}: no group of channels gains by it")
+    changed = apply(model, found.plans)
+    if not isinstance(method, AUTOMATIC):
+        after = before.then(changed, found.plans, found.reports, found.words(verb))
+        return after if found.rows >= _FEWEST_ROWS else replace(after, warning=_join(after.warning, _few(verb, found)))
+    keeps = before.keeps_db
+    if keeps is None:
+        keeps = outputs_keep(model, trial_plan(model, recipe, target, sample, found.statistics), choose)
+    would = outputs_keep(changed, trial_plan(changed, recipe, target, sample), choose)
+    gain = _gain(keeps, would)
+    if gain >= (_WORTH_IT_DB if sum(map(rows, choose)) >= _FEW_SAMPLES else _WORTH_IT_ON_FEW_DB):
+        note = f"{found.words(verb)}: the outputs keep {gain:.1f} dB more"
+        return replace(before.then(changed, found.plans, found.reports, note), keeps_db=would)
+    reports = tuple(_not_kept(report, verb, gain) for report in found.reports)
+    note = f"not {verb}: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
+    return replace(before.then(model, (), reports, note), keeps_db=keeps)
+
+
+def _with_nodes(
+    before: Smoothed,
+    method: AutoSmoothing | AutoEqualization,
+    recipe: Recipe,
+    target: Target,
+    sample: Sequence[Batch],
+    choose: Sequence[Batch],
+) -> Smoothed:
+    """What a method makes of the groups that it left alone without nodes, where the outputs miss the recipe's goal."""
+    model, verb = before.model, _verb(method)
+    draft = place(model, recipe, target)
+    done = {plan.value for plan in before.plans if plan.bounds == isinstance(method, Equalization)}
+    groups = tuple(group for group in _read_by(draft, _Look.of(method).groups(model)) if group.value not in done)
+    if all(group.reason for group in groups):
+        return before
+    keeps = before.keeps_db
+    if keeps is None:
+        keeps = outputs_keep(model, trial_plan(model, recipe, target, sample), choose)
+        before = replace(before, keeps_db=keeps)
+    if keeps >= recipe.goal_sqnr_db:
+        return before
+    found = _find(model, method, draft, groups, _quantizers(recipe, target), sample)
+    if not found.nodes:
+        return before
+    changed = apply(model, found.plans)
+    would = outputs_keep(changed, trial_plan(changed, recipe, target, sample), choose)
+    gain = _gain(keeps, would)
+    if gain >= _WORTH_NODES_DB:
+        reports = tuple(report for report in found.reports if report.method)  # the others were told before
+        note = f"{found.words(verb)}: the outputs keep {gain:.1f} dB more"
+        return replace(before.then(changed, found.plans, reports, note), keeps_db=would)
+    note = f"not {verb} with {found.nodes} nodes at run time: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
+    return replace(before, notes=(*before.notes, note))
+
+
+def _find(
+    model: ir.Model,
+    method: Method | Equalization,
+    draft: Placement,
+    groups: Sequence[SmoothGroup],
+    quantizers: Quantizers,
+    sample: Sequence[Batch],
+) -> _Found:
+    """Measures the channels of groups and decides what to do with each."""
+    look, quantized = _Look.of(method), _quantized(draft)
     axes = channel_axes(groups)
     statistics = observe(model, [*dict.fromkeys([*axes, *candidates(draft)])], sample, channel_axes=axes)
     samples = collect_inputs(model, groups, sample)
-    leave = _little_known(groups, statistics) if isinstance(method, AUTOMATIC) else {}
+    seen = {group.value: _rows_seen(group, statistics) for group in groups if not group.reason}
+    leave = _little_known(seen) if isinstance(method, AUTOMATIC) else {}
     splits: dict[str, Split] = {}
     if isinstance(method, Equalization):
         rescalings, reports = equalize(groups, method, statistics, samples, quantizers, quantized, leave)
@@ -151,27 +253,43 @@ def _next(
         if isinstance(method, AutoSmoothing):
             known = [group for group in groups if group.value not in leave]
             splits = find_splits(model, known, statistics, samples, quantizers)
-            groups = _read_by(quantized, look.groups(_split(model, splits.values())))
+            values = {group.value for group in groups}
+            groups = _read_by(draft, look.groups(_split(model, splits.values())))
+            groups = tuple(group for group in groups if group.value in values)
             wide, samples = repeated(statistics, samples, splits, groups)
         rescalings, reports = decide(groups, method, wide, samples, quantizers, quantized, leave)
     plans = tuple(look.plan(rescaling, splits) for rescaling in rescalings)
-    if not plans:
-        return before.unchanged(method, reports, f"not {verb}: no group of channels gains by it")
-    changed = apply(model, plans)
-    note = f"{verb} {len(plans)} of {len(reports)} groups of channels{_repeats(plans)}"
-    if not isinstance(method, AUTOMATIC):
-        return before.then(changed, plans, reports, note)
-    keeps = before.keeps_db
-    if keeps is None:
-        keeps = _outputs_keep(model, trial_plan(model, recipe, target, sample, statistics), choose)
-    after = _outputs_keep(changed, trial_plan(changed, recipe, target, sample), choose)
-    gain = 0.0 if after == keeps else after - keeps  # both may be infinite
-    if gain >= _WORTH_IT_DB:
-        note = f"{note}: the outputs keep {gain:.1f} dB more"
-        return replace(before.then(changed, plans, reports, note), keeps_db=after)
-    reports = tuple(_not_kept(report, verb, gain) for report in reports)
-    note = f"not {verb}: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
-    return replace(before.then(model, (), reports, note), keeps_db=keeps)
+    fewest = min((seen[plan.value] for plan in plans), default=0)
+    return _Found(plans, _told(reports, groups), statistics, fewest)
+
+
+def _verb(method: Method | Equalization) -> str:
+    return "equalized" if isinstance(method, Equalization) else "smoothed"
+
+
+def _gain(before: float, after: float) -> float:
+    return 0.0 if after == before else after - before  # both may be infinite
+
+
+def _few(verb: str, found: _Found) -> str:
+    return (
+        f"{verb} by {found.rows} rows (tokens, pixels) only, as the recipe says: give data with {_FEWEST_ROWS} or more"
+    )
+
+
+def _join(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
+
+
+def _told(reports: Sequence[GroupReport], groups: Sequence[SmoothGroup]) -> tuple[GroupReport, ...]:
+    """The reports without those on nodes that an earlier method put in and that nothing is done with."""
+    own = {group.value for group in groups if _inserted(group)}
+    return tuple(report for report in reports if report.method or report.value not in own)
+
+
+def _inserted(group: SmoothGroup) -> bool:
+    node = group.producer.node
+    return node is not None and group.producer.linear is None and node.metadata_props.get("qonnx.pass") == _RESCALED
 
 
 def _repeats(plans: Sequence[SmoothPlan]) -> str:
@@ -180,7 +298,13 @@ def _repeats(plans: Sequence[SmoothPlan]) -> str:
     return f", and repeated {sum(extra)} channels of {len(extra)} layers" if extra else ""
 
 
-def _read_by(quantized: Collection[str], groups: Sequence[SmoothGroup]) -> tuple[SmoothGroup, ...]:
+def _quantized(draft: Placement) -> set[str]:
+    return {layer.node for layer in draft.layers if not layer.reason}
+
+
+def _read_by(draft: Placement, groups: Sequence[SmoothGroup]) -> tuple[SmoothGroup, ...]:
+    """The groups that a layer reads which will be quantized."""
+    quantized = _quantized(draft)
     return tuple(group for group in groups if any(one.linear.node.name in quantized for one in group.consumers))
 
 
@@ -193,16 +317,18 @@ def _split(model: ir.Model, splits: Collection[Split]) -> ir.Model:
     return copy
 
 
-def _little_known(groups: Sequence[SmoothGroup], statistics: Statistics) -> dict[str, str]:
+def _rows_seen(group: SmoothGroup, statistics: Statistics) -> int:
+    """How many rows (tokens, pixels) of its tensors were seen at least."""
+    return min(statistics.tensors[name].count // max(index.size, 1) for name, (_, index) in group.inputs.items())
+
+
+def _little_known(seen: Mapping[str, int]) -> dict[str, str]:
     """The groups whose channels were seen too seldom, by value, and why they are left alone."""
-    leave = {}
-    for group in groups:
-        if group.reason:
-            continue
-        rows = min(statistics.tensors[name].count // max(index.size, 1) for name, (_, index) in group.inputs.items())
-        if rows < _FEWEST_ROWS:
-            leave[group.value] = f"only {rows} rows were seen: too few to know how far every channel reaches"
-    return leave
+    return {
+        value: f"only {count} rows were seen: too few to know how far every channel reaches"
+        for value, count in seen.items()
+        if count < _FEWEST_ROWS
+    }
 
 
 def apply(model: ir.Model, plans: Sequence[SmoothPlan]) -> ir.Model:
@@ -287,48 +413,9 @@ def _more(gain: float) -> str:
 
 def _quantizers(recipe: Recipe, target: Target) -> Quantizers:
     return Quantizers(
-        activations=_dtype(recipe),
+        activations=activation_dtype(recipe),
         symmetric=target.symmetric,
         weights=recipe.weights.dtype,
         per_channel=not isinstance(recipe.weights.granularity, PerTensor),
         correct_biases=recipe.correct_biases,
     )
-
-
-def _dtype(recipe: Recipe) -> Dtype:
-    dtype = recipe.activations.dtype
-    return Dtype.INT8 if isinstance(dtype, msgspec.UnsetType) else dtype
-
-
-def trial_plan(
-    model: ir.Model, recipe: Recipe, target: Target, sample: Sequence[Batch], statistics: Statistics | None = None
-) -> QuantPlan:
-    """A plan to try a model with: ranges of whole tensors from a sample, and all layers on integers that can be.
-
-    Args:
-        model: prepared.
-        recipe: resolved for the target.
-        target: the consumer of the quantized graph.
-        sample: some calibration batches.
-        statistics: of the sample, where it was observed already.
-    """
-    activations = msgspec.structs.replace(recipe.activations, granularity=PerTensor())
-    recipe = msgspec.structs.replace(recipe, minimum_sqnr_db=-math.inf, activations=activations)
-    draft = place(model, recipe, target)
-    observed = statistics or observe(model, candidates(draft), sample)
-    values = [value for value in candidates(draft) if value not in draft.probabilities]
-    ranges = calibrated(values, observed, Average(), _dtype(recipe), symmetric=target.symmetric)
-    plan = make_plan(model, observed, ranges, recipe, target)
-    return correct_biases(model, plan, sample) if recipe.correct_biases else plan
-
-
-def _outputs_keep(model: ir.Model, plan: QuantPlan, choose: Sequence[Batch]) -> float:
-    """The signal-to-noise ratio in dB of the worst output once quantized."""
-    quantized = model.clone()
-    insert(quantized, msgspec.structs.replace(plan, format=Format.QDQ))
-    reference, candidate, worst = session(model), session(quantized), math.inf
-    for batch in choose:
-        expected, given = reference.run(batch), candidate.run(batch)
-        ratios = [difference(name, expected[name], given[name]).sqnr_db for name in expected]
-        worst = min((ratio for ratio in (worst, *ratios) if not math.isnan(ratio)), default=math.inf)
-    return worst

@@ -9,13 +9,15 @@ import pytest
 
 import qonnx
 from qonnx.errors import RecipeError
+from qonnx.groups import find_groups
 from qonnx.passes.prepare import prepare
 from qonnx.plan import QuantPlan, SmoothPlan
 from qonnx.recipe import Recipe, load_recipe, resolve
 from qonnx.runtime import session
-from qonnx.smooth_choice import Smoothed, apply, smoothed, trial_plan
+from qonnx.smooth_choice import Smoothed, apply, smoothed
 from qonnx.tables import result_tables
 from qonnx.targets import target
+from qonnx.trial import trial_plan
 from tests.graphs import model_of
 from tests.helpers import assert_same_function
 
@@ -27,6 +29,8 @@ PRE_NORM = (
     "  [down] d = MatMul(e, w2) y = Add(d, x) }"
 )
 POST_NORM = PRE_NORM.replace("Add(d, x)", "Add(d, s)")
+# A goal that the post-norm block reaches with smoothing only, for which it takes nodes.
+MISSED = "goal_sqnr_db=37"
 
 
 def model(text: str = PRE_NORM, outliers: float = 30.0) -> ir.Model:
@@ -56,14 +60,15 @@ def run(recipe: str, settings: tuple[str, ...] = (), text: str = PRE_NORM, outli
 @pytest.mark.parametrize("recipe", ["int8", "int8-smoothquant", "int8-os+"])
 @pytest.mark.parametrize("text", [PRE_NORM, POST_NORM], ids=["pre-norm", "post-norm"])
 def test_outputs_keep_more_with_all_layers_on_integers(recipe: str, text: str, tmp_path: Path) -> None:
-    settings = ["goal_sqnr_db=0", "minimum_sqnr_db=-100"]
-    plain = qonnx.quantize(model(text), data(), tmp_path / "plain.onnx", recipe="int8-unsmoothed", settings=settings)
+    settings = [MISSED if recipe == "int8" else "goal_sqnr_db=0", "minimum_sqnr_db=-100"]
+    bare = ["goal_sqnr_db=0", "minimum_sqnr_db=-100"]
+    plain = qonnx.quantize(model(text), data(), tmp_path / "plain.onnx", recipe="int8-unsmoothed", settings=bare)
     result = qonnx.quantize(model(text), data(), tmp_path / "smoothed.onnx", recipe=recipe, settings=settings)
     assert plain.smoothing == ()
     assert plain.plan.smoothing == ()
     assert not result.plan.float_layers
     assert result.comparison.outputs[0].sqnr_db > plain.comparison.outputs[0].sqnr_db + 2
-    norm = result.smoothing[0]
+    (norm,) = [report for report in result.smoothing if report.value == "s" and report.method]
     assert norm.producer == "LayerNormalization 'norm'"
     assert norm.consumers == ("up",)
     assert norm.method
@@ -75,10 +80,10 @@ def test_outputs_keep_more_with_all_layers_on_integers(recipe: str, text: str, t
 @pytest.mark.parametrize("text", [PRE_NORM, POST_NORM], ids=["pre-norm", "post-norm"])
 def test_a_plan_that_is_fed_back_smooths_the_same_way(text: str, tmp_path: Path) -> None:
     one, two = tmp_path / "one.onnx", tmp_path / "two.onnx"
-    result = qonnx.quantize(model(text), data(), one)
+    result = qonnx.quantize(model(text), data(), one, settings=[MISSED])
     assert result.plan.smoothing
     assert QuantPlan.load(_saved(result.plan, tmp_path)) == result.plan
-    qonnx.quantize(model(text), data(), two, plan=tmp_path / "plan.json")
+    qonnx.quantize(model(text), data(), two, plan=tmp_path / "plan.json", settings=[MISSED])
     assert one.read_bytes() == two.read_bytes()
 
 
@@ -118,7 +123,7 @@ def test_auto_does_not_keep_what_the_outputs_do_not_gain_by() -> None:
     assert result.plans == ()
     assert not any(report.method for report in result.reports)
     assert all(report.reason for report in result.reports)
-    assert "smoothe" in result.notes[0]
+    assert [note.split(":")[0] for note in result.notes] == ["not equalized", "not smoothed"]
     assert result.warning == ""
 
 
@@ -132,6 +137,60 @@ def _prepared(text: str) -> ir.Model:
     made = model(text)
     prepare(made)
     return made
+
+
+def test_nodes_at_run_time_only_where_the_goal_is_missed_without_them() -> None:
+    unchanged = [node.op_type for node in _prepared(POST_NORM).graph]
+    reached, missed = (run("int8", (goal,), POST_NORM) for goal in ("goal_sqnr_db=16", MISSED))
+    assert [node.op_type for node in reached.model.graph] == unchanged
+    assert not any(report.nodes for report in reached.reports)
+    assert any(report.nodes for report in missed.reports)
+    assert len(missed.model.graph) > len(unchanged)
+    assert any("nodes at run time: the outputs keep" in note for note in missed.notes)
+    assert missed.keeps_db is not None
+    assert reached.keeps_db is not None
+    assert missed.keeps_db >= reached.keeps_db + 1
+
+
+def test_what_is_free_is_done_whatever_the_goal() -> None:
+    for goal in ("goal_sqnr_db=0", "goal_sqnr_db=99"):
+        result = run("int8", (goal,))
+        assert [report.nodes for report in result.reports if report.value == "s" and report.method] == [0]
+
+
+def test_nodes_must_gain_a_decibel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qonnx.smooth_choice._WORTH_NODES_DB", 100.0)
+    result = run("int8", (MISSED,), POST_NORM)
+    assert result.plans == ()
+    assert result.notes[-1].startswith("not smoothed with ")
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_few_samples_must_tell_of_a_clearer_gain(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qonnx.smooth_choice._WORTH_IT_ON_FEW_DB", 100.0)
+    chosen = resolve(load_recipe("int8", ("equalize.kind=none",)), target("a800"))
+    result = smoothed(_prepared(PRE_NORM), chosen, target("a800"), data(4), data(1, seed=1, rows=rows))
+    assert bool(result.plans) == (rows == 8)
+
+
+@pytest.mark.parametrize("recipe", ["int8-os+", "int8-smoothquant"])
+def test_who_asks_for_smoothing_gets_it_on_few_rows_and_is_told(recipe: str) -> None:
+    chosen = resolve(load_recipe(recipe, ("equalize.kind=none",)), target("a800"))
+    few, enough = (
+        smoothed(_prepared(PRE_NORM), chosen, target("a800"), data(4, rows=rows), data(1)) for rows in (16, 128)
+    )
+    assert few.plans
+    assert few.warning == "smoothed by 64 rows (tokens, pixels) only, as the recipe says: give data with 512 or more"
+    assert enough.plans
+    assert enough.warning == ""
+
+
+def test_what_equalization_puts_in_is_no_group_of_smoothing() -> None:
+    settings = ("goal_sqnr_db=0", "equalize.kind=always", "smooth.kind=auto")
+    result = run("int8", settings, PRE_NORM, outliers=1.0)
+    assert "Sub" in [node.op_type for node in result.model.graph]
+    groups = {group.value for group in find_groups(_prepared(PRE_NORM), explicit=True)}
+    assert {report.value for report in result.reports} <= groups
 
 
 def test_nothing_to_smooth_is_a_warning_for_who_asked_for_it() -> None:
@@ -181,7 +240,8 @@ def test_trials_quantize_what_will_be_quantized() -> None:
 
 def test_the_report_tells_every_group(tmp_path: Path) -> None:
     rules = ["rules=[{match: {name: down}, skip: true}]"]
-    lines = [str(line) for line in result_tables(qonnx.quantize(model(POST_NORM), data(), tmp_path / "q.onnx"))]
+    result = qonnx.quantize(model(POST_NORM), data(), tmp_path / "q.onnx", settings=[MISSED])
+    lines = [str(line) for line in result_tables(result)]
     start = lines.index(next(line for line in lines if line.startswith("channels scaled or shifted: 2 of ")))
     assert lines[start + 1].split() == ["crest", "SQNR", "dB", "weights"]
     assert any(" s, Outlier Suppression+" in line or " s, SmoothQuant" in line for line in lines[start + 2 : start + 4])
