@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from qonnx.ranges import Range
 from qonnx.recipe import Clip, Format, Operators, PerBlock, Recipe
 from qonnx.statistics import Statistics, TensorStatistics
 from qonnx.targets import Target
+from qonnx.weight_layers import fitting_block_size
 from qonnx.weight_scales import weight_scales
 
 # Scales per token are found for whole rows, however long these are when the model runs.
@@ -418,7 +419,7 @@ def _weight_plans(graph: ir.Graph, placement: Placement, recipe: Recipe, target:
         if tensor is None or tensor.dtype not in FLOAT_TYPES:
             continue
         how = stored.how
-        granularity = _granularity(stored)
+        granularity = _granularity(stored, tensor.shape.numpy())
         # Zero points that differ between columns are more than integer products take.
         symmetric = how.dtype.signed or target.symmetric or recipe.format is not Format.WEIGHT_ONLY
         scale, zeros = weight_scales(
@@ -438,12 +439,12 @@ def _weight_plans(graph: ir.Graph, placement: Placement, recipe: Recipe, target:
     return tuple(plans)
 
 
-def _granularity(stored: StoredWeight) -> Granularity:
+def _granularity(stored: StoredWeight, shape: Sequence[int]) -> Granularity:
     match stored.how.granularity:
         case PerTensor():
             return PerTensor()
         case PerBlock(block_size=size) if stored.block_axis is not None:
-            return Blocked(stored.block_axis, size)
+            return Blocked(stored.block_axis, fitting_block_size(size, shape[stored.block_axis]))
     return PerAxis(stored.channel_axis)
 
 

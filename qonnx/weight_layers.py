@@ -21,6 +21,17 @@ from qonnx.targets import Target
 _SMALLEST_GROUP = 16
 
 
+def fitting_block_size(size: int, length: int) -> int:
+    """The size of the blocks of a short axis: the power of two that holds it in one block.
+
+    Powers of two are what runtimes have kernels for, and padding them costs least.
+
+    >>> [fitting_block_size(128, length) for length in (256, 100, 64, 40)]
+    [128, 128, 64, 64]
+    """
+    return min(size, 1 << (length - 1).bit_length())
+
+
 def find_weights(graph: ir.Graph, settings: Mapping[str, Settings], target: Target) -> tuple[Layer, ...]:
     """Every product, convolution and table of the main graph, in graph order.
 
@@ -81,9 +92,10 @@ def _unfit_groups(weight: ir.Value, operand: Operand, weights: Weights, target: 
         return "its weight is empty" if sizes else "the shape of its weight is not known"
     if not isinstance(weights.granularity, PerBlock) or operand.block_axis is None:
         return ""
-    length, size = sizes[operand.block_axis], weights.granularity.block_size
+    length = sizes[operand.block_axis]
+    size = fitting_block_size(weights.granularity.block_size, length)
     if min(length, size) < _SMALLEST_GROUP:
         return f"sums over {length} elements only: a scale for each block would be larger than the block"
-    if is_gpu(target) and length % size:
+    if not target.integer_operators and length % size:
         return f"blocks of {size} leave a short one in an axis of {length}: use a block_size that divides it"
     return ""

@@ -10,6 +10,7 @@ import pytest
 import qonnx
 from qonnx.errors import DataError, TargetError
 from qonnx.graph import load
+from qonnx.linter import lint
 from qonnx.numerics import Blocked, Dtype, PerAxis, PerTensor
 from qonnx.plan import QuantPlan
 from qonnx.recipe import RECIPES, Format
@@ -233,6 +234,34 @@ def test_weights_that_stay_in_float_say_why(name: str, tmp_path: Path) -> None:
     (layer,) = plan.layers
     assert reason in layer.reason
     assert session(tmp_path / "q.onnx")
+
+
+@pytest.mark.parametrize("target", ["a800", "onnx", "ort-cpu"])
+@pytest.mark.parametrize("recipe", ["w4", "w4-nbits"])
+@pytest.mark.parametrize("length", [16, 40, 64, 100, 128])
+def test_an_axis_shorter_than_a_block_is_one_block(length: int, recipe: str, target: str, tmp_path: Path) -> None:
+    """The same numbers as one scale per output channel, which is what one block is."""
+    if recipe == "w4-nbits" and target != "ort-cpu":
+        pytest.skip("operators of ONNX Runtime")
+    text = f"g (float[n,{length}] x, float[{length},32] w) => (float[n,32] y) {{ y = MatMul(x, w) }}"
+    batches = [{"x": np.random.default_rng(0).standard_normal((8, length)).astype(np.float32)}]
+    changed = ["weights.granularity.block_size=128"]
+    result = qonnx.quantize(
+        model_of(text, weights="w"), batches, tmp_path / "q.onnx", recipe=recipe, target=target, settings=changed
+    )
+    (layer,) = result.plan.layers
+    if length in (40, 100) and target != "ort-cpu":
+        assert "leave a short one" in layer.reason
+        return
+    held = {16: 16, 40: 64, 64: 64, 100: 128, 128: 128}[length]
+    assert [tensor.granularity for tensor in result.plan.weights] == [Blocked(0, held)]
+    whole = ["weights.granularity.kind=per_channel"]
+    qonnx.quantize(
+        model_of(text, weights="w"), batches, tmp_path / "c.onnx", recipe="w4", target="ort-cpu", settings=whole
+    )
+    found, expected = (session(tmp_path / name).run(batches[0])["y"] for name in ("q.onnx", "c.onnx"))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert target != "a800" or not lint(tmp_path / "q.onnx", target=target)
 
 
 def test_formats_know_whether_they_are_calibrated() -> None:
