@@ -419,7 +419,7 @@ def _weight_plans(graph: ir.Graph, placement: Placement, recipe: Recipe, target:
         if tensor is None or tensor.dtype not in FLOAT_TYPES:
             continue
         how = stored.how
-        granularity = _granularity(stored, tensor.shape.numpy())
+        granularity = _granularity(stored, tensor.shape.numpy(), target)
         # Zero points that differ between columns are more than integer products take.
         symmetric = how.dtype.signed or target.symmetric or recipe.format is not Format.WEIGHT_ONLY
         scale, zeros = weight_scales(
@@ -439,12 +439,12 @@ def _weight_plans(graph: ir.Graph, placement: Placement, recipe: Recipe, target:
     return tuple(plans)
 
 
-def _granularity(stored: StoredWeight, shape: Sequence[int]) -> Granularity:
+def _granularity(stored: StoredWeight, shape: Sequence[int], target: Target) -> Granularity:
     match stored.how.granularity:
         case PerTensor():
             return PerTensor()
         case PerBlock(block_size=size) if stored.block_axis is not None:
-            return Blocked(stored.block_axis, fitting_block_size(size, shape[stored.block_axis]))
+            return Blocked(stored.block_axis, fitting_block_size(size, shape[stored.block_axis], target))
     return PerAxis(stored.channel_axis)
 
 

@@ -21,15 +21,20 @@ from qonnx.targets import Target
 _SMALLEST_GROUP = 16
 
 
-def fitting_block_size(size: int, length: int) -> int:
-    """The size of the blocks of a short axis: the power of two that holds it in one block.
+def fitting_block_size(size: int, length: int, target: Target) -> int:
+    """The size of the blocks of a short axis: the power of two that holds it in one block, for TensorRT in two.
 
-    Powers of two are what runtimes have kernels for, and padding them costs least.
+    Powers of two are what runtimes have kernels for, and padding them costs least. Weights of one block TensorRT
+    unpacks in a kernel of their own; those of several the product itself reads.
 
-    >>> [fitting_block_size(128, length) for length in (256, 100, 64, 40)]
+    >>> from qonnx.targets import target
+    >>> [fitting_block_size(128, length, target("ort-cpu")) for length in (256, 100, 64, 40)]
     [128, 128, 64, 64]
+    >>> [fitting_block_size(128, length, target("a800")) for length in (256, 128, 64, 16)]
+    [128, 64, 32, 16]
     """
-    return min(size, 1 << (length - 1).bit_length())
+    whole = 1 << (length - 1).bit_length()
+    return min(size, max(whole // 2, _SMALLEST_GROUP) if is_gpu(target) else whole)
 
 
 def find_weights(graph: ir.Graph, settings: Mapping[str, Settings], target: Target) -> tuple[Layer, ...]:
@@ -93,7 +98,7 @@ def _unfit_groups(weight: ir.Value, operand: Operand, weights: Weights, target: 
     if not isinstance(weights.granularity, PerBlock) or operand.block_axis is None:
         return ""
     length = sizes[operand.block_axis]
-    size = fitting_block_size(weights.granularity.block_size, length)
+    size = fitting_block_size(weights.granularity.block_size, length, target)
     if min(length, size) < _SMALLEST_GROUP:
         return f"sums over {length} elements only: a scale for each block would be larger than the block"
     if not target.integer_operators and length % size:

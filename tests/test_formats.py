@@ -239,8 +239,8 @@ def test_weights_that_stay_in_float_say_why(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["a800", "onnx", "ort-cpu"])
 @pytest.mark.parametrize("recipe", ["w4", "w4-nbits"])
 @pytest.mark.parametrize("length", [16, 40, 64, 100, 128])
-def test_an_axis_shorter_than_a_block_is_one_block(length: int, recipe: str, target: str, tmp_path: Path) -> None:
-    """The same numbers as one scale per output channel, which is what one block is."""
+def test_an_axis_shorter_than_a_block_gets_smaller_ones(length: int, recipe: str, target: str, tmp_path: Path) -> None:
+    """One block holds the same numbers as one scale per output channel; TensorRT gets two, which it reads faster."""
     if recipe == "w4-nbits" and target != "ort-cpu":
         pytest.skip("operators of ONNX Runtime")
     text = f"g (float[n,{length}] x, float[{length},32] w) => (float[n,32] y) {{ y = MatMul(x, w) }}"
@@ -254,6 +254,10 @@ def test_an_axis_shorter_than_a_block_is_one_block(length: int, recipe: str, tar
         assert "leave a short one" in layer.reason
         return
     held = {16: 16, 40: 64, 64: 64, 100: 128, 128: 128}[length]
+    if target == "a800":
+        assert [tensor.granularity for tensor in result.plan.weights] == [Blocked(0, max(held // 2, 16))]
+        assert not lint(tmp_path / "q.onnx", target=target)
+        return
     assert [tensor.granularity for tensor in result.plan.weights] == [Blocked(0, held)]
     whole = ["weights.granularity.kind=per_channel"]
     qonnx.quantize(
@@ -261,7 +265,6 @@ def test_an_axis_shorter_than_a_block_is_one_block(length: int, recipe: str, tar
     )
     found, expected = (session(tmp_path / name).run(batches[0])["y"] for name in ("q.onnx", "c.onnx"))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert target != "a800" or not lint(tmp_path / "q.onnx", target=target)
 
 
 def test_formats_know_whether_they_are_calibrated() -> None:
