@@ -61,7 +61,7 @@ class PerChannel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
 
 
 class PerBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="blocked"):
-    """One scale for `block_size` neighbours along the axis of a weight that is summed over."""
+    """One scale for `block_size` neighbours along the axis of a weight that is summed over, fewer on a short axis."""
 
     block_size: int = 128
 
