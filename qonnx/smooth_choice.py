@@ -127,7 +127,8 @@ def smoothed(
             costly.append(method)
             method = msgspec.structs.replace(method, nodes=False)
         result = _next(result, method, recipe, target, sample, choose)
-    for method in costly:
+    # With nodes, smoothing gains more: it flattens what residual branches share with the layers of a transformer.
+    for method in reversed(costly):
         result = _with_nodes(result, method, recipe, target, sample, choose)
     return result
 
@@ -214,7 +215,7 @@ def _with_nodes(
     if keeps is None:
         keeps = outputs_keep(model, trial_plan(model, recipe, target, sample), choose)
         before = replace(before, keeps_db=keeps)
-    if keeps >= recipe.goal_sqnr_db:
+    if keeps >= (recipe.goal_sqnr_db or Recipe().goal_sqnr_db):  # 0 is no goal: it only leaves no layer in float
         return before
     found = _find(model, method, draft, groups, _quantizers(recipe, target), sample)
     if not found.nodes:
