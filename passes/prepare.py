@@ -178,8 +178,7 @@ def _raise_opset(model: ir.Model, minimum: int, fuse: bool, notes: list[str]) ->
 class _Interface:
     """What a model declares of its inputs and outputs.
 
-    Until it is restored, inputs with default values have none, for nothing may be folded that a caller can override,
-    and negative sizes, which some exporters write for dynamic dimensions, are unknown.
+    Until it is restored, inputs with default values have none, for nothing may be folded that a caller can override.
     """
 
     def __init__(self, model: ir.Model) -> None:
@@ -188,8 +187,6 @@ class _Interface:
         self._types = [(value.type, value.shape) for value in (*graph.inputs, *graph.outputs)]
         self._defaults: dict[str, ir.TensorProtocol] = {}
         for value in graph.inputs:
-            if value.shape is not None:
-                value.shape = ir.Shape([None if isinstance(size, int) and size < 0 else size for size in value.shape])
             if value.name and value.const_value is not None:
                 self._defaults[value.name] = value.const_value
                 del graph.initializers[value.name]

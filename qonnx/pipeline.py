@@ -37,7 +37,8 @@ from qonnx.passes.prepare import prepare
 from qonnx.placement import Placement, candidates, place
 from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
-from qonnx.recipe import RECIPES, Format, Recipe, calibrators, load_recipe, minimum_opset, resolve
+from qonnx.recipe import RECIPES, Format, Recipe, load_recipe
+from qonnx.resolve import calibrators, minimum_opset, resolve
 from qonnx.roofline import roofline, unprofitable
 from qonnx.rules import unmatched
 from qonnx.runtime import Device, input_specs

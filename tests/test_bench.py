@@ -11,9 +11,9 @@ from qonnx.engine import EngineReport, FloatType, bench, gpu
 from qonnx.engine.backends import Compiler
 from qonnx.engine.bench import Timing
 from qonnx.engine.settings import Backend
+from qonnx.engine_tables import bench_tables
 from qonnx.errors import EngineError, TargetError
 from qonnx.graph import save
-from qonnx.tables import bench_tables
 from tests.graphs import model_of
 
 NET = "net (float[N,8] x) => (float[N,8] y) { y = Neg(x) }"

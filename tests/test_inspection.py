@@ -12,8 +12,8 @@ from qonnx.engine.inspector import parse_inspection
 from qonnx.engine.listing import int8_nodes
 from qonnx.engine.messages import located, planned_reason
 from qonnx.engine.protocol import Refusal
+from qonnx.engine_tables import engine_tables
 from qonnx.graph import FLOAT_REASON
-from qonnx.tables import engine_tables
 from tests.test_engine import DIMS, INT8, QUANTIZED, UNQUANTIZED, saved
 
 INT, FLOAT, HALF = ir.DataType.INT8, ir.DataType.FLOAT, ir.DataType.FLOAT16

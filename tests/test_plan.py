@@ -15,7 +15,8 @@ from qonnx.passes.prepare import prepare
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, make_plan
 from qonnx.ranges import calibrated
-from qonnx.recipe import Recipe, load_recipe, resolve
+from qonnx.recipe import Recipe, load_recipe
+from qonnx.resolve import resolve
 from qonnx.targets import target
 from tests.graphs import model_of
 

@@ -8,7 +8,8 @@ import pytest
 from qonnx.calibrators import MinMax
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Dtype, PerTensor
-from qonnx.recipe import RECIPES, Format, Operators, Recipe, Rule, load_recipe, resolve, to_yaml
+from qonnx.recipe import RECIPES, Format, Operators, Recipe, Rule, load_recipe, to_yaml
+from qonnx.resolve import resolve
 from qonnx.targets import TARGETS, target
 
 

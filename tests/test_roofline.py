@@ -20,7 +20,8 @@ from qonnx.numerics import Blocked, Dtype, PerTensor
 from qonnx.passes.prepare import prepare
 from qonnx.placement import Edge, place
 from qonnx.plan import LayerPlan, QuantPlan, TensorPlan
-from qonnx.recipe import Recipe, resolve
+from qonnx.recipe import Recipe
+from qonnx.resolve import resolve
 from qonnx.roofline import LayerRoof, Roofline, Variant, roofline, unprofitable
 from qonnx.targets import target
 from qonnx.work import Bound, Work, gemm

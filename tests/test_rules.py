@@ -14,7 +14,8 @@ from qonnx.errors import RecipeError, TargetError
 from qonnx.graph import load
 from qonnx.numerics import Blocked, Dtype, PerAxis, PerTensor
 from qonnx.passes.prepare import prepare
-from qonnx.recipe import Recipe, load_recipe, resolve, to_yaml
+from qonnx.recipe import Recipe, load_recipe, to_yaml
+from qonnx.resolve import resolve
 from qonnx.roles import Role, roles_of
 from qonnx.rules import settings_of, unmatched
 from qonnx.targets import target

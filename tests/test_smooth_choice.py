@@ -12,7 +12,8 @@ from qonnx.errors import RecipeError
 from qonnx.groups import find_groups
 from qonnx.passes.prepare import prepare
 from qonnx.plan import QuantPlan, SmoothPlan
-from qonnx.recipe import Recipe, load_recipe, resolve
+from qonnx.recipe import Recipe, load_recipe
+from qonnx.resolve import resolve
 from qonnx.runtime import session
 from qonnx.smooth_choice import Smoothed, apply, smoothed
 from qonnx.tables import result_tables

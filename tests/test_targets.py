@@ -4,7 +4,8 @@ import pytest
 
 from qonnx.errors import TargetError
 from qonnx.numerics import Dtype
-from qonnx.recipe import Recipe, load_recipe, resolve
+from qonnx.recipe import Recipe, load_recipe
+from qonnx.resolve import resolve
 from qonnx.targets import TARGETS, Target, check_types, target
 
 GPUS = [known for known in TARGETS if known.device is not None]

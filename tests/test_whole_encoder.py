@@ -11,7 +11,8 @@ from qonnx.graph import load
 from qonnx.numerics import PerAxis, PerTensor
 from qonnx.passes.prepare import prepare
 from qonnx.placement import Edge, Placement, place
-from qonnx.recipe import Recipe, load_recipe, resolve
+from qonnx.recipe import Recipe, load_recipe
+from qonnx.resolve import resolve
 from qonnx.targets import target
 from tests.graphs import model_of
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qonnx.inspector.inspect import Inspection, LayerView, Port
-from qonnx.tables import size_text
+from qonnx.text import size_text
 
 # How many operators and nodes are named before the rest is only counted.
 _NAMED = 12

@@ -1,0 +1,111 @@
+"""What is in a graph, and what a recipe says: lint, inspect, recipes, view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qonnx.cli.shared import (
+    TargetName,
+)
+from qonnx.errors import DependencyError, OutputError
+
+
+def lint(
+    model: Annotated[Path, typer.Argument(metavar="QUANTIZED.onnx", help="A quantized graph of any tool.")],
+    target: TargetName = "a800",
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired, and write it to --output.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="With --fix: only repairs that change no result.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where --fix writes the repaired model.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print findings and repairs as JSON.")] = False,
+) -> None:
+    """Find what TensorRT refuses or runs in float.
+
+    Exit code 1 when errors are left.
+    """
+    from qonnx import linter
+    from qonnx.graph import save
+    from qonnx.linter.table import findings_table, fixes_table
+
+    if fix != (output is not None):
+        raise OutputError("--fix and --output belong together: qonnx lint MODEL.onnx --fix -o FIXED.onnx")
+    fixed = linter.fix(model, target=target, exact_only=exact) if fix else None
+    findings = linter.lint(model, target=target) if fixed is None else fixed.findings
+    if fixed is not None and output is not None:
+        save(fixed.model, output)
+    if json:
+        import msgspec
+
+        report = {"findings": findings, "fixes": () if fixed is None else fixed.fixes}
+        typer.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        if fixed is not None and fixed.fixes:
+            console.print(fixes_table(fixed.fixes))
+        console.print(findings_table(findings))
+    if any(finding.severity is linter.Severity.ERROR for finding in findings):
+        raise typer.Exit(1)
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A float or quantized graph of any tool.")],
+    target: TargetName = "a800",
+    layers: Annotated[bool, typer.Option("--layers", help="Show each layer in a row of its own.")] = False,
+    plan: Annotated[
+        Path | None, typer.Option("--save-plan", metavar="PLAN.json", help="Write the plan that the Q/DQ nodes follow.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a graph holds, and how each layer is quantized."""
+    from qonnx import inspector
+    from qonnx.graph import load
+    from qonnx.inspector.table import inspection_tables
+
+    loaded = load(model)
+    found = inspector.inspect(loaded, target=target)
+    if plan is not None:
+        inspector.read_back(loaded, target=target).plan.save(plan)
+    if json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for part in inspection_tables(found, layers):
+        console.print(part)
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only this one.", show_default=False)] = None,
+) -> None:
+    """Show the built-in recipes as YAML, to start your own from.
+
+    For example `qonnx recipes int8 > mine.yaml`, then `qonnx quantize --recipe mine.yaml`.
+    """
+    from qonnx.recipe import RECIPES, load_recipe, to_yaml
+
+    chosen = RECIPES if name is None else (load_recipe(name),)
+    typer.echo("---\n".join(to_yaml(recipe) for recipe in chosen), nl=False)
+
+
+def view(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="Any ONNX model.", show_default=False)],
+) -> None:
+    """Show a graph in the browser, with Netron."""
+    from qonnx.graph import load
+
+    load(model)
+    try:
+        import netron
+    except ImportError as error:
+        raise DependencyError("viewing needs Netron: pip install 'qonnx-pipeline[view]'") from error
+    netron.start(str(model))
+    netron.wait()
