@@ -13,11 +13,11 @@ import numpy.typing as npt
 from qonnx.channels import FOREIGN
 from qonnx.errors import DataError
 from qonnx.group_error import Choice, GroupError, Quantizers, Ranges, Samples, decibels, measure
+from qonnx.group_report import GroupReport, added_nodes, blank_report, crest, weight_growth
 from qonnx.groups import Consumer, SmoothGroup
 from qonnx.passes.equalize import Equalization, channel_factors, cross_layer_factors, is_depthwise
 from qonnx.passes.rescale_channels import Rescaling
 from qonnx.passes.shift_range import Offset, middle
-from qonnx.smoothing import GroupReport, _blank, _crest, _nodes, _weight_growth
 from qonnx.statistics import Statistics
 
 Vector = npt.NDArray[np.float64]
@@ -60,7 +60,9 @@ def equalize(
         readers = [one for one in group.consumers if quantized is None or one.linear.node.name in quantized]
         reason = group.reason or (leave or {}).get(group.value, "")
         if reason or not readers:
-            reports.append(msgspec.structs.replace(_blank(group), reason=reason or "none of its layers is quantized"))
+            reports.append(
+                msgspec.structs.replace(blank_report(group), reason=reason or "none of its layers is quantized")
+            )
             continue
         rescaling, report = _decide(group, readers, scale, method, statistics, samples, quantizers)
         reports.append(report)
@@ -77,7 +79,7 @@ def _decide(
     samples: Samples,
     quantizers: Quantizers,
 ) -> tuple[Rescaling | None, GroupReport]:
-    report = _blank(group)
+    report = blank_report(group)
     try:
         ranges = measure(group, statistics)
     except DataError as unusable:
@@ -89,12 +91,12 @@ def _decide(
     none = Offset(np.zeros(scale.shape), 0.0)
     error = GroupError(dataclasses.replace(group, consumers=tuple(readers)), ranges, samples, quantizers)
     before = _keeps(error, np.ones(scale.shape), none.shift)
-    report = msgspec.structs.replace(report, crest=_crest(ranges.reach), sqnr_db=before)
+    report = msgspec.structs.replace(report, crest=crest(ranges.reach), sqnr_db=before)
     for offset in (found, none):  # where an offset does not pay for its nodes, factors still may
         if not (offset.shift.any() or (scale != 1).any()):
             continue
         choice = Choice(scale, offset.shift, 0.0, _words(scale, offset))
-        nodes = _nodes(group, choice) + (len(group.padded) if offset.shift.any() else 0)
+        nodes = added_nodes(group, choice) + (len(group.padded) if offset.shift.any() else 0)
         after = _keeps(error, scale, offset.shift)
         gain = math.inf if before is None or after is None else after - before
         least = _WORTH_A_NODE_DB * nodes if quantizers.per_channel or nodes else -math.inf
@@ -106,8 +108,8 @@ def _decide(
             changed=int(((scale != 1) | (offset.shift != 0)).sum()),
             method=choice.method,
             nodes=nodes,
-            smoothed_crest=_crest(np.maximum(ranges.high - offset.shift, offset.shift - ranges.low) / scale),
-            weight_growth=_weight_growth(group, choice),
+            smoothed_crest=crest(np.maximum(ranges.high - offset.shift, offset.shift - ranges.low) / scale),
+            weight_growth=weight_growth(group, choice),
             smoothed_sqnr_db=after,
         )
     return None, msgspec.structs.replace(report, reason=why)

@@ -30,6 +30,7 @@ from qonnx.diagnostics import Diagnostics, diagnose
 from qonnx.errors import DataError, ModelError, OutputError, RecipeError, TargetError
 from qonnx.fingerprint import fingerprint
 from qonnx.graph import all_graphs, is_float, load, parameters, publish, staging
+from qonnx.group_report import GroupReport
 from qonnx.numerics import PerTensor
 from qonnx.observation import Progress, observe
 from qonnx.passes.equalize import NoEqualization
@@ -44,7 +45,7 @@ from qonnx.rules import unmatched
 from qonnx.runtime import Device, input_specs
 from qonnx.sensitivity import LayerCost
 from qonnx.smooth_choice import AUTOMATIC, Smoothed, apply, smoothed
-from qonnx.smoothing import GroupReport, NoSmoothing
+from qonnx.smoothing import NoSmoothing
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
 from qonnx.targets import target as find_target

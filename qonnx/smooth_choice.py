@@ -20,6 +20,7 @@ import onnx_ir as ir
 from qonnx.equalization import equalize
 from qonnx.errors import RecipeError
 from qonnx.group_error import Quantizers, Vector, channel_axes
+from qonnx.group_report import GroupReport
 from qonnx.group_samples import collect_inputs
 from qonnx.groups import Residual, SmoothGroup, find_groups
 from qonnx.numerics import PerTensor
@@ -32,7 +33,7 @@ from qonnx.placement import Placement, candidates, place
 from qonnx.plan import SmoothPlan
 from qonnx.rebatch import Batch, rows
 from qonnx.recipe import Recipe
-from qonnx.smoothing import AutoSmoothing, GroupReport, Method, NoSmoothing, decide
+from qonnx.smoothing import AutoSmoothing, Method, NoSmoothing, decide
 from qonnx.splitting import find_splits, repeated
 from qonnx.statistics import Statistics
 from qonnx.targets import Target

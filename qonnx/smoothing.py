@@ -10,15 +10,13 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from qonnx.channels import FOREIGN
 from qonnx.errors import DataError
-from qonnx.graph import float32
-from qonnx.group_error import Choice, GroupError, Quantizers, Ranges, Samples, Vector, best, decibels, measure
+from qonnx.group_error import Choice, GroupError, Quantizers, Ranges, Samples, best, decibels, measure
+from qonnx.group_report import GroupReport, added_nodes, blank_report, crest, weight_growth
 from qonnx.groups import Consumer, SmoothGroup
 from qonnx.passes.outlier_suppression import OutlierSuppression
 from qonnx.passes.rescale_channels import RescaleChannels, Rescaling
 from qonnx.passes.smooth_quant import SmoothQuant
-from qonnx.producers import Kind
 from qonnx.statistics import Statistics
 
 
@@ -48,43 +46,6 @@ Smoothing: TypeAlias = NoSmoothing | SmoothQuant | OutlierSuppression | AutoSmoo
 
 # What a group has to gain before it may cost a node at run time.
 _WORTH_A_NODE_DB = 1.0
-
-
-class GroupReport(msgspec.Struct, frozen=True):
-    """What was done with one group, or why nothing was.
-
-    Attributes:
-        producer: the operator that absorbs factors and offsets, such as `LayerNormalization 'norm1'`.
-        value: the tensor it makes.
-        channels: how many it has.
-        changed: how many of them have a factor or an offset now.
-        consumers: the linear layers that read it.
-        method: what was done, with its parameter; "" where nothing was.
-        parameter: alpha, or the threshold.
-        nodes: how many nodes were added for it.
-        crest: the largest magnitude of the widest channel over that of the median channel, before.
-        smoothed_crest: the same after.
-        weight_growth: how many times larger the largest weight became; the most of all layers.
-        sqnr_db: estimated signal-to-noise ratio of the results of the layers once quantized, before; None where no
-            samples tell.
-        smoothed_sqnr_db: the same after.
-        reason: why the group was left alone, or "".
-    """
-
-    producer: str
-    value: str
-    channels: int
-    changed: int
-    consumers: tuple[str, ...]
-    method: str = ""
-    parameter: float | None = None
-    nodes: int = 0
-    crest: float | None = None
-    smoothed_crest: float | None = None
-    weight_growth: float | None = None
-    sqnr_db: float | None = None
-    smoothed_sqnr_db: float | None = None
-    reason: str = ""
 
 
 def smooth(
@@ -150,7 +111,7 @@ def decide(
     for group in groups:
         reason = group.reason or _no_rounding(group, quantized) or (leave or {}).get(group.value, "")
         if reason:
-            reports.append(msgspec.structs.replace(_blank(group), reason=reason))
+            reports.append(msgspec.structs.replace(blank_report(group), reason=reason))
             continue
         rescaling, report = _decide(group, method, statistics, samples, quantizers, quantized)
         reports.append(report)
@@ -175,7 +136,7 @@ def _decide(
     quantizers: Quantizers,
     quantized: Collection[str] | None,
 ) -> tuple[Rescaling | None, GroupReport]:
-    report = _blank(group)
+    report = blank_report(group)
     try:
         ranges = measure(group, statistics)
     except DataError as unusable:
@@ -184,12 +145,12 @@ def _decide(
     one, zero = np.ones(group.producer.size), np.zeros(group.producer.size)
     before = error(one, zero) if error.measurable else None
     report = msgspec.structs.replace(
-        report, crest=_crest(ranges.reach), sqnr_db=None if before is None else _rounded_db(before)
+        report, crest=crest(ranges.reach), sqnr_db=None if before is None else _rounded_db(before)
     )
     choice = method.choose(group, ranges, error, samples)
     if choice is None:
         return None, msgspec.structs.replace(report, reason="nothing to choose by: no samples, or no factor possible")
-    nodes = _nodes(group, choice)
+    nodes = added_nodes(group, choice)
     if before is not None:
         gain = decibels(error(choice.scale, choice.shift)) - decibels(before)
         if gain <= 0 or (nodes and gain < _WORTH_A_NODE_DB):
@@ -201,47 +162,11 @@ def _decide(
         method=choice.method,
         parameter=float(choice.parameter),
         nodes=nodes,
-        smoothed_crest=_crest(np.maximum(ranges.high - choice.shift, choice.shift - ranges.low) / choice.scale),
-        weight_growth=_weight_growth(group, choice),
+        smoothed_crest=crest(np.maximum(ranges.high - choice.shift, choice.shift - ranges.low) / choice.scale),
+        weight_growth=weight_growth(group, choice),
         smoothed_sqnr_db=None if before is None else _rounded_db(error(choice.scale, choice.shift)),
     )
 
 
-def _blank(group: SmoothGroup) -> GroupReport:
-    producer = group.producer
-    node = producer.node
-    name = "" if node is None or producer.kind is Kind.NONE else f"{node.op_type} {node.name!r}"
-    consumers = tuple(consumer.linear.node.name or "" for consumer in group.consumers)
-    return GroupReport(name, group.value, producer.size, 0, consumers)
-
-
 def _rounded_db(ratio: float) -> float:
     return round(decibels(ratio), 2)
-
-
-def _nodes(group: SmoothGroup, choice: Choice) -> int:
-    """How many nodes the choice adds, biases of layers left aside: they are part of the product at run time."""
-    changed = (choice.scale != 1) | (choice.shift != 0)
-    each = int((choice.scale != 1).any()) + int(choice.shift.any())
-    if group.producer.kind is Kind.NONE:
-        return each
-    return each * len({tap.value for tap in group.taps if changed[tap.channels.present].any()})
-
-
-def _crest(reach: Vector) -> float:
-    """How far the widest channel sticks out over the median one."""
-    return round(float(reach.max() / max(float(np.median(reach)), 1e-30)), 2)
-
-
-def _weight_growth(group: SmoothGroup, choice: Choice) -> float:
-    """How many times larger the largest weight became: the most of all layers."""
-    growth = []
-    for consumer in group.consumers:
-        linear, tensor = consumer.linear, consumer.linear.weight.const_value
-        if tensor is None or linear.groups > 1:
-            continue
-        weight = np.abs(float32(tensor.numpy()))
-        s = np.where(consumer.index != FOREIGN, choice.scale[consumer.index], 1.0)
-        shape = [-1 if axis == linear.input_axis else 1 for axis in range(weight.ndim)]
-        growth.append(float((weight * s.reshape(shape)).max()) / max(float(weight.max()), 1e-30))
-    return round(max(growth, default=1.0), 3)

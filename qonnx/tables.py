@@ -29,10 +29,10 @@ from qonnx.text import (
 if TYPE_CHECKING:
     from qonnx.comparison import Comparison, Difference
     from qonnx.diagnostics import Diagnostics
+    from qonnx.group_report import GroupReport
     from qonnx.pipeline import Result
     from qonnx.plan import QuantPlan
     from qonnx.sensitivity import LayerCost
-    from qonnx.smoothing import GroupReport
 
 # How many tensors the terminal names for each finding about calibration.
 _WORST = 3

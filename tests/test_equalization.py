@@ -11,6 +11,7 @@ import qonnx
 from qonnx.equalization import equalize
 from qonnx.errors import RecipeError
 from qonnx.group_error import Quantizers, channel_axes
+from qonnx.group_report import GroupReport
 from qonnx.group_samples import collect_inputs
 from qonnx.groups import find_groups
 from qonnx.observation import observe
@@ -19,7 +20,6 @@ from qonnx.passes.prepare import prepare
 from qonnx.passes.rescale_channels import RescaleChannels
 from qonnx.plan import QuantPlan
 from qonnx.recipe import load_recipe
-from qonnx.smoothing import GroupReport
 from tests.graphs import model_of
 from tests.helpers import assert_same_function, operators
 

@@ -7,6 +7,7 @@ import pytest
 
 from qonnx.errors import DataError
 from qonnx.group_error import GroupError, Quantizers, Ranges, channel_axes, measure
+from qonnx.group_report import GroupReport
 from qonnx.group_samples import collect_inputs
 from qonnx.groups import Residual, SmoothGroup, find_groups
 from qonnx.numerics import Dtype
@@ -14,7 +15,7 @@ from qonnx.observation import observe
 from qonnx.passes.outlier_suppression import OutlierSuppression
 from qonnx.passes.smooth_quant import SmoothQuant
 from qonnx.runtime import session, with_outputs
-from qonnx.smoothing import GroupReport, Method, smooth
+from qonnx.smoothing import Method, smooth
 from qonnx.statistics import Statistics
 from tests.helpers import assert_same_function, operators
 from tests.smoothing import prepared
