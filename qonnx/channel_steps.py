@@ -16,6 +16,9 @@ from qonnx.graph import FLOAT_TYPES, constant, rank
 
 _FLOATS = FLOAT_TYPES | {ir.DataType.DOUBLE}
 
+# Which input of the Attention operator holds the values.
+_VALUES = 2
+
 
 def follow(node: ir.Node, read: Mapping[int, Channels]) -> Step:
     """Follows channels through one node.
@@ -38,6 +41,17 @@ def follow(node: ir.Node, read: Mapping[int, Channels]) -> Step:
     if step is None or (position != 0 and node.op_type not in _ANY_INPUT):
         raise Blocked(_REASONS.get(node.op_type, "is not linear in every channel"))
     return step(node, position, channels)
+
+
+def ends(node: ir.Node, read: Mapping[int, Channels]) -> dict[int, str]:
+    """The inputs of a node in which channels end while those in others may go on, each with the reason.
+
+    Queries, keys and values of an Attention operator often come out of one product: only the values go on.
+    """
+    if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
+        return {}
+    why = "sums over its channels against an activation", "is not linear in every channel"
+    return {index: why[index > _VALUES] for index in read if index != _VALUES}
 
 
 def _same(node: ir.Node, channels: Channels, no_shift: str = "") -> Step:
@@ -268,12 +282,10 @@ def _is_softmax(value: ir.Value | None) -> bool:
 
 def _attention(node: ir.Node, position: int, channels: Channels) -> Step:
     """Values through the Attention operator; each of their heads serves a run of query heads."""
-    if position != 2:
-        raise Blocked("sums over its channels against an activation")
     cached = any(value is not None for value in node.inputs[5:6])  # past_value
     if cached or any(output.uses() or output.is_graph_output() for output in node.outputs[2:3]):  # present_value
         raise Blocked("keeps it in a cache")
-    query, value = sizes(node.inputs[0]), sizes(node.inputs[2])
+    query, value = sizes(node.inputs[0]), sizes(node.inputs[_VALUES])
     heads: Size
     kept: Size
     if len(value) == 4:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qonnx.channel_steps import follow
+from qonnx.channel_steps import ends, follow
 from qonnx.channels import FOREIGN, Blocked, Channels, Indices
 from qonnx.graph import constant, is_float, rank
 from qonnx.linear import Linear, linears
@@ -255,11 +255,20 @@ def _reach(
             elif not _ignores_values(usage.node, usage.idx) and (order[usage.node], usage.node) not in pending:
                 heapq.heappush(pending, (order[usage.node], usage.node))
 
+    def end(node: ir.Node, index: int, channels: Channels, why: str) -> None:
+        value = node.inputs[index]
+        assert value is not None
+        reach.taps.append(Tap(value, channels, node, index, why))
+
     visit(producer.value)
     while pending:
         _, node = heapq.heappop(pending)
         read = {index: known[value] for index, value in enumerate(node.inputs) if value in known}
         read = {index: channels for index, channels in read.items() if not _ignores_values(node, index)}
+        for index, why in ends(node, read).items():
+            end(node, index, read.pop(index), why)
+        if not read:
+            continue
         present = np.concatenate([channels.present for channels in read.values()])
         try:
             if (consumer := _consumer(node, read, layers)) is not None:
@@ -269,9 +278,7 @@ def _reach(
             step = follow(node, read)
         except Blocked as blocked:
             for index, channels in read.items():
-                value = node.inputs[index]
-                assert value is not None
-                reach.taps.append(Tap(value, channels, node, index, str(blocked)))
+                end(node, index, channels, str(blocked))
             continue
         where = f"{node.op_type} {node.name!r} "
         if step.no_scale and not (bounds and step.clips and node.op_type == "Clip"):

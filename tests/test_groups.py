@@ -282,9 +282,74 @@ def test_values_through_the_attention_operator(form: str, opset: int) -> None:
     assert summary(rescale_everything(model)) == [(Kind.LINEAR, ["wo"], True)]
 
 
-def test_only_the_values_of_a_common_product_are_free() -> None:
-    (group,) = find_groups(prepared(FORMS["values in one product with queries and keys"][0], WEIGHTS))[-1:]
+EXPLICIT = (
+    "q1 = Reshape(q, heads) q2 = Transpose <perm = [0, 2, 1, 3]> (q1)"
+    " k1 = Reshape(k, heads) k2 = Transpose <perm = [0, 2, 3, 1]> (k1)"
+    " v1 = Reshape(v, heads) v2 = Transpose <perm = [0, 2, 1, 3]> (v1)"
+    " s = MatMul(q2, k2) p = Softmax <axis = -1> (s) o = MatMul(p, v2)"
+    " o1 = Transpose <perm = [0, 2, 1, 3]> (o) a = Reshape(o1, whole)"
+)
+OPERATOR = "a = Attention <q_num_heads = 3, kv_num_heads = 3, is_causal = 1> (q, k, v)"
+ATTENTION = [*((opset, EXPLICIT) for opset in OPSETS), (23, OPERATOR), (24, OPERATOR)]
+BLOCK_INPUTS = (
+    "float[2,5,8] x, float[8] g, float[8] b, float[8,12] wq, float[8,12] wk, float[8,12] wv, float[12] bv,"
+    "float[8,36] w1, float[36] b1, float[12,8] wo"
+)
+
+
+@pytest.mark.parametrize(("opset", "attention"), ATTENTION)
+@pytest.mark.parametrize("rms_norm", [False, True], ids=["layer norm", "rms norm"])
+def test_a_norm_and_the_values_behind_it(opset: int, attention: str, rms_norm: bool) -> None:
+    norm = rms(opset, "x", "n") if rms_norm else "n = LayerNormalization(x, g, b)"
+    text = (
+        f"g ({BLOCK_INPUTS}) => (float[2,5,8] z) <{HEADS}, {CONSTANTS}>"
+        f"{{ {norm} q = MatMul(n, wq) k = MatMul(n, wk) m = MatMul(n, wv) v = Add(m, bv) {attention}"
+        "  y = MatMul(a, wo) z = Add(x, y) }"
+    )
+    assert summary(rescale_everything(prepared(text, WEIGHTS, opset))) == [
+        (Kind.NORM, ["wq", "wk", "wv"], not rms_norm),
+        (Kind.LINEAR, ["wo"], True),
+    ]
+
+
+@pytest.mark.parametrize(("opset", "attention"), ATTENTION)
+def test_only_the_values_of_a_common_product_are_free(opset: int, attention: str) -> None:
+    text = (
+        f"g ({BLOCK_INPUTS}) => (float[2,5,8] y) <{HEADS}, int64[3] parts = {{12, 12, 12}}>"
+        "{ m = MatMul(x, w1) c = Add(m, b1) q, k, v = Split <axis = -1> (c, parts)"
+        f" {attention} y = MatMul(a, wo) }}"
+    )
+    (group,) = [group for group in rescale_everything(prepared(text, WEIGHTS, opset)) if not group.reason]
     assert group.free.tolist() == [False] * 24 + [True] * 12
+    np.testing.assert_array_equal(group.consumers[0].index, np.arange(24, 36))
+
+
+# Where the Attention operator reads a tensor, and why that tensor has no factors then.
+HEADS_OF_TWO = "Attention <q_num_heads = 2, kv_num_heads = 2>"
+NO_VALUES = {
+    "queries": (f"a = {HEADS_OF_TWO} (n, x, x)", "sums over its channels against an activation"),
+    "mask": (f"a = {HEADS_OF_TWO} (x, x, x, n)", "is not linear in every channel"),
+    "kept for later": (f"a, nk, nv = {HEADS_OF_TWO} (x, x, n)", "keeps it in a cache"),
+    "behind what was kept": (f"a = {HEADS_OF_TWO} (x, x, n, , k, v)", "keeps it in a cache"),
+    "unknown heads": ("a = Attention <q_num_heads = 2> (x, x, n)", "has an unknown number of heads"),
+}
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+@pytest.mark.parametrize("case", NO_VALUES)
+def test_refused_by_the_attention_operator(case: str, opset: int) -> None:
+    attention, reason = NO_VALUES[case]
+    text = (
+        "g (float[2,8,8] x, float[2,2,8,4] k, float[2,2,8,4] v, float[8] g, float[8] b, float[8,6] w1)"
+        f"=> (float[2,8,6] y, float[2,8,8] a{', float[2,2,8,4] nv' * ('nv' in attention)})"
+        f"{{ n = LayerNormalization(x, g, b) y = MatMul(n, w1) [attend] {attention} }}"
+    )
+    (group,) = find_groups(prepared(text, WEIGHTS, opset))
+    assert group.reason == f"Attention 'attend' {reason}"
+
+
+def test_which_input_of_a_layer_each_value_is() -> None:
+    (group,) = find_groups(prepared(FORMS["values in one product with queries and keys"][0], WEIGHTS))[-1:]
     assert group.inputs["o2"][0] == 2
     np.testing.assert_array_equal(group.inputs["o2"][1], np.arange(24, 36))
 

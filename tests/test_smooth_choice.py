@@ -203,6 +203,15 @@ def test_nothing_to_smooth_is_a_warning_for_who_asked_for_it() -> None:
         assert bool(result.warning) == asked
 
 
+def test_a_second_reader_that_stands_in_the_way_is_named() -> None:
+    text = POST_NORM.replace("y = Add(d, s)", "[residual] y = Add(d, s)")
+    result = run("int8-smoothquant", ("smooth.nodes=false",), text)
+    assert result.warning == "nothing can be smoothed: Add 'residual' adds something else to it"
+    assert [report.reason for report in result.reports if report.value == "s"] == [
+        "Add 'residual' adds something else to it"
+    ]
+
+
 def test_layers_that_stay_in_float_do_not_count() -> None:
     result = run("int8", ("rules=[{match: {name: up}, skip: true}]",))
     assert [report.consumers for report in result.reports] == [("down",)]
