@@ -107,7 +107,7 @@ def _insert_weight(graph: ir.Graph, names: Names, nodes: dict[str, ir.Node], ten
 
 
 def _codes(weight: ir.TensorProtocol, tensor: TensorPlan) -> ir.LazyTensor:
-    scale, zero_point = _parameters(tensor, tuple(weight.shape.numpy()))
+    scale, zero_point = parameters(tensor, tuple(weight.shape.numpy()))
 
     def evaluate() -> ir.TensorProtocol:
         codes = quantize(float32(weight.numpy()), scale, zero_point, tensor.dtype, tensor.granularity)
@@ -186,7 +186,7 @@ def _dequantize(graph: ir.Graph, names: Names, tensor: TensorPlan, codes: ir.Val
 def _constants(graph: ir.Graph, names: Names, tensor: TensorPlan, like: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Scale (in the type that the graph computes in) and zero point as initializers."""
     shape = () if like.shape is None or not like.shape.is_static() else tuple(like.shape.numpy())
-    scale, zero_point = _parameters(tensor, shape)
+    scale, zero_point = parameters(tensor, shape)
     dtype = like.dtype or ir.DataType.FLOAT
     return (
         _initializer(graph, names, f"{tensor.value}_scale", ir.Tensor(scale.astype(dtype.numpy()), dtype=dtype)),
@@ -194,7 +194,7 @@ def _constants(graph: ir.Graph, names: Names, tensor: TensorPlan, like: ir.Value
     )
 
 
-def _parameters(tensor: TensorPlan, shape: tuple[int, ...]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def parameters(tensor: TensorPlan, shape: tuple[int, ...]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Scale and zero point in the shape that the operators want for the granularity."""
     match tensor.granularity:
         case PerTensor():

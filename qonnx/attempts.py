@@ -34,6 +34,7 @@ from qonnx.runtime import input_specs, session, with_outputs
 from qonnx.sensitivity import LayerCost, layer_costs, most_costly
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
+from qonnx.weight_rounding import asks_for_data, round_weights
 
 # At most one layer in so many is left in float to reach the recipe's goal, and always one.
 _LARGEST_SHARE_LEFT = 4
@@ -92,12 +93,14 @@ class Attempt:
         comparison: with the float model, on the batches that choices are made on; empty without any.
         bytes: of the weights.
         costs: what each layer alone does to the outputs, the worst first, where that was measured.
+        notes: what is to be said about the weights.
     """
 
     plan: QuantPlan
     comparison: Comparison
     bytes: int
     costs: tuple[LayerCost, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def sqnr_db(self) -> float:
@@ -155,13 +158,14 @@ def write(job: Job, plan: QuantPlan) -> Attempt:
         RecipeError: the plan does not fit the model.
         ModelError: what came out is not valid ONNX.
     """
-    quantized = job.prepared.clone()
-    insert(quantized, plan)
+    rounded = round_weights(job.prepared, plan, job.sample)
+    quantized = rounded.model.clone()
+    insert(quantized, rounded.plan)
     DropBounds()(quantized)
-    _stamp(quantized, plan, job)
+    _stamp(quantized, rounded.plan, job)
     save(quantized, job.file)
     _check_valid(quantized, job.file)
-    return Attempt(plan, _compared(job), parameters(quantized)[1])
+    return Attempt(rounded.plan, _compared(job), parameters(quantized)[1], notes=rounded.notes)
 
 
 def _compared(job: Job) -> Comparison:
@@ -263,5 +267,5 @@ def _stamp(model: ir.Model, plan: QuantPlan, job: Job) -> None:
     recipe = msgspec.json.encode(job.recipe).decode() if plan.recipe == job.recipe.name else plan.recipe
     model.metadata_props["qonnx.recipe"] = recipe
     model.metadata_props["qonnx.target"] = job.target.name
-    if plan.format.calibrated and job.digest:
+    if (plan.format.calibrated or asks_for_data(plan)) and job.digest:
         model.metadata_props["qonnx.calibration_data"] = job.digest

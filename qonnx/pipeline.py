@@ -38,7 +38,7 @@ from qonnx.passes.prepare import prepare
 from qonnx.placement import Placement, candidates, place
 from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
-from qonnx.recipe import RECIPES, Format, Recipe, load_recipe
+from qonnx.recipe import RECIPES, Format, Recipe, Rounding, load_recipe
 from qonnx.resolve import calibrators, minimum_opset, resolve
 from qonnx.roofline import roofline, unprofitable
 from qonnx.rules import unmatched
@@ -49,6 +49,7 @@ from qonnx.smoothing import NoSmoothing
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
 from qonnx.targets import target as find_target
+from qonnx.weight_rounding import asks_for_data
 
 # The built-in recipes that need no calibration.
 _FREE = ", ".join(recipe.name for recipe in RECIPES if not recipe.format.calibrated)
@@ -191,8 +192,9 @@ def quantize(
         model: path of a float ONNX model, or the model itself (it is not changed).
         data: calibration batches, see `qonnx.data.batches`; a single large one is cut into parts. One batch in four is
             held back, up to four, or more when they are small; the first half of these serves to choose on, the other
-            to judge by. Formats that measure no activation beforehand are judged by these and the first eight, or
-            more when they are small, and take None, too: then nothing is compared.
+            to judge by. Formats that measure no activation beforehand take None, too: then nothing is compared, and
+            weights are rounded to nearest. They are judged by all that was held back, and by the first eight batches,
+            or more when they are small, where no weight was rounded by them.
         output: where the quantized model goes. Nothing is written when anything fails.
         recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
         target: the consumer of the graph, see `qonnx.targets`.
@@ -235,14 +237,17 @@ def quantize(
         held = HoldOut(() if data is None else _stream(prepared, data, max_batches))
         leave = {} if skip_unprofitable is None else _unprofitable(prepared, chosen, consumer, skip_unprofitable)
         stream = iter(held)
-        sample = _first(stream)
+        rounds = _rounds_by_data(chosen) if given is None else asks_for_data(given)
+        learns = calibrated or rounds
+        sample = _first(stream, everything=rounds)
         lost = unmatched(prepared.graph, chosen) if given is None else ()
         if given is not None:
             smooth = Smoothed(apply(prepared, given.smoothing), given.smoothing)
         elif statistics is not None:
             smooth = _unsmoothed(prepared, chosen)
         else:
-            known = _split(held, sample, calibrated)[0]  # the beginning of what is chosen on later: never judged by
+            # The beginning of what is chosen on later: never judged by.
+            known = _split(held, sample, calibrated=calibrated, learns=learns)[0]
             smooth = smoothed(prepared, chosen, consumer, sample, known or sample[:1])
         clock.lap("smooth")
         draft = place(smooth.model, chosen, consumer)
@@ -265,10 +270,10 @@ def quantize(
                 progress=progress,
             )
         deque(stream, maxlen=0)  # what was not read yet may hold batches to keep back
-        seen = _seen(held, measured if statistics is not None and given is None else None) if calibrated else ""
+        seen = _seen(held, measured if statistics is not None and given is None else None) if learns else ""
         clock.lap("calibrate")
         file = folder / output.name
-        chosen_on, judged = _split(held, sample, calibrated)
+        chosen_on, judged = _split(held, sample, calibrated=calibrated, learns=learns)
         digest = "" if data is None else held.digest
         job = Job(model, smooth.model, chosen, consumer, sample, chosen_on, digest, file, smooth.plans, leave)
         if given is not None:
@@ -291,7 +296,7 @@ def quantize(
         quantized_bytes=attempt.bytes,
         lookup_bytes=_lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
-        notes=(*notes, *smooth.notes),
+        notes=(*notes, *smooth.notes, *attempt.notes),
         warnings=(*lost, *_warnings(attempt, comparison, held, chosen, calibrated, (smooth.warning, seen))),
         costs=attempt.costs,
         diagnostics=diagnostics,
@@ -308,10 +313,10 @@ def _unprofitable(model: ir.Model, recipe: Recipe, consumer: Target, sizes: Mapp
     return unprofitable(roofline(model, consumer.device, dims=sizes))
 
 
-def _split(held: HoldOut, sample: list[Batch], calibrated: bool) -> tuple[list[Batch], list[Batch]]:
-    """The batches to choose on and those to judge by; without calibration nothing was chosen and all are left."""
+def _split(held: HoldOut, sample: list[Batch], *, calibrated: bool, learns: bool) -> tuple[list[Batch], list[Batch]]:
+    """The batches to choose on and those to judge by; all are left where nothing was learned from any."""
     if not calibrated:
-        return [], held.kept if held.shared else sample + held.kept
+        return [], held.kept if held.shared or learns else sample + held.kept
     half = max(1, len(held.kept) // 2)
     return held.kept[:half], held.kept[half:] or held.kept
 
@@ -373,15 +378,20 @@ def _stream(prepared: ir.Model, data: Any, max_batches: int | None) -> Iterator[
     return spread(batches(data, inputs, max_batches=max_batches), inputs)
 
 
-def _first(stream: Iterator[Batch]) -> list[Batch]:
-    """The first few batches, for the steps that need to see some of the data again."""
+def _rounds_by_data(recipe: Recipe) -> bool:
+    """Whether codes of weights are chosen by what their layers read."""
+    return Rounding.GPTQ in (recipe.weights.rounding, *(rule.weights.rounding for rule in recipe.rules))
+
+
+def _first(stream: Iterator[Batch], *, everything: bool = False) -> list[Batch]:
+    """The first few batches, or as many as may be kept, for the steps that need to see some of the data again."""
     first: list[Batch] = []
     size = 0
     for batch in stream:
         first.append(batch)
         size += sum(array.nbytes for array in batch.values())
         enough = len(first) >= _SAMPLE_BATCHES and sum(map(rows, first)) >= _SAMPLES
-        if enough or size >= _SAMPLE_BYTES:
+        if (enough and not everything) or size >= _SAMPLE_BYTES:
             break
     return first
 
@@ -443,10 +453,8 @@ def _warnings(
             warnings.append(f"output {output.name}: {1 - output.agreement:.2%} of its integers differ")
         if output.mismatched_batches:
             warnings.append(f"output {output.name}: its shape differs in {output.mismatched_batches} batches")
-    if not calibrated:
-        return tuple(warnings)
     warnings += filter(None, known)
-    if len(held.kept) == 1 and not held.shared:
+    if calibrated and len(held.kept) == 1 and not held.shared:
         warnings.append("one batch was held back, on which choices were made too: give six batches or more")
     return tuple(warnings)
 

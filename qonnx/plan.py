@@ -23,7 +23,7 @@ from qonnx.graph import FLOAT_TYPES, float32, publish, staging
 from qonnx.numerics import Blocked, Dtype, Granularity, PerAxis, PerTensor, scale_and_zero_point
 from qonnx.placement import Edge, Placement, StoredWeight, place
 from qonnx.ranges import Range
-from qonnx.recipe import Clip, Format, Operators, PerBlock, Recipe
+from qonnx.recipe import Clip, Format, Operators, PerBlock, Recipe, Rounding
 from qonnx.statistics import Statistics, TensorStatistics
 from qonnx.targets import Target
 from qonnx.weight_layers import fitting_block_size
@@ -47,6 +47,7 @@ class TensorPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
         high: the largest value the grid was made for; for a weight 0.
         sqnr_db: signal over rounding noise, estimated; what the range cuts off is not in it. None for a weight.
         source: where the range comes from.
+        rounding: of a weight, how the code of each element is chosen.
     """
 
     value: str
@@ -59,6 +60,7 @@ class TensorPlan(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
     high: float = 0.0
     sqnr_db: float | None = None
     source: str = ""
+    rounding: Rounding = Rounding.NEAREST
 
 
 class BiasPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -434,6 +436,7 @@ def _weight_plans(graph: ir.Graph, placement: Placement, recipe: Recipe, target:
                 scale=_floats(_stored(scale, tensor.dtype)),
                 zero_point=tuple(map(int, np.ravel(zeros))) if zeros.any() else (),
                 source="absmax" if how.clip is Clip.NONE else how.clip,
+                rounding=how.rounding,
             )
         )
     return tuple(plans)

@@ -79,12 +79,23 @@ class Clip(enum.StrEnum):
     """Where the mean squared error of the group that shares a scale is least."""
 
 
+class Rounding(enum.StrEnum):
+    """How the code of each element of a weight is chosen."""
+
+    NEAREST = "nearest"
+    """The nearest one."""
+
+    GPTQ = "gptq"
+    """So that the result of the layer changes least, measured on data: see `qonnx.gptq`. Without data, the nearest."""
+
+
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How weights are quantized: signed types symmetrically, unsigned ones of weight-only formats with zero points."""
 
     dtype: Dtype = Dtype.INT8
     granularity: PerChannel | PerTensor | PerBlock = PerChannel()
     clip: Clip = Clip.NONE
+    rounding: Rounding = Rounding.NEAREST
 
 
 class Activations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,6 +133,7 @@ class WeightChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Dtype | msgspec.UnsetType = msgspec.UNSET
     granularity: PerChannel | PerTensor | PerBlock | msgspec.UnsetType = msgspec.UNSET
     clip: Clip | msgspec.UnsetType = msgspec.UNSET
+    rounding: Rounding | msgspec.UnsetType = msgspec.UNSET
 
 
 class ActivationChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -196,7 +208,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rules: tuple[Rule, ...] = ()
 
 
-_EIGHT = WeightChange(Dtype.INT8, PerChannel(), Clip.NONE)
+_EIGHT = WeightChange(Dtype.INT8, PerChannel(), Clip.NONE, Rounding.NEAREST)
 # What 4 bits hurt most and gain least: filters have few weights, and so has each word.
 _IN_8_BITS = (
     Rule(Match(op="Conv*"), weights=_EIGHT, optional=True),
@@ -242,9 +254,9 @@ RECIPES: tuple[Recipe, ...] = (
     *(
         Recipe(name=name, format=Format.WEIGHT_ONLY, weights=weights, operators=operators, rules=_IN_8_BITS)
         for name, weights, operators in (
-            ("w4", Weights(Dtype.INT4, PerBlock(128), Clip.MSE), Operators.ONNX),
-            ("w4-block32", Weights(Dtype.INT4, PerBlock(32), Clip.MSE), Operators.ONNX),
-            ("w4-nbits", Weights(Dtype.INT4, PerBlock(32), Clip.MSE), Operators.MICROSOFT),
+            ("w4", Weights(Dtype.INT4, PerBlock(128), Clip.MSE, Rounding.GPTQ), Operators.ONNX),
+            ("w4-block32", Weights(Dtype.INT4, PerBlock(32), Clip.MSE, Rounding.GPTQ), Operators.ONNX),
+            ("w4-nbits", Weights(Dtype.INT4, PerBlock(32), Clip.MSE, Rounding.GPTQ), Operators.MICROSOFT),
         )
     ),
 )

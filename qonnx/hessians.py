@@ -1,0 +1,91 @@
+"""Second moments of what layers read, X^T X, from one pass over the data: how much errors of their weights cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from qonnx.graph import Names, rank
+from qonnx.linear import Linear
+from qonnx.runtime import session
+
+
+class Inputs(NamedTuple):
+    """What a layer multiplies by its weight.
+
+    Attributes:
+        value: the name of the value.
+        axis: that is summed over.
+    """
+
+    value: str
+    axis: int
+
+
+def inputs_of(linear: Linear) -> Inputs:
+    """What a Gemm or MatMul with a weight of two axes reads."""
+    last = (rank(linear.data) or 1) - 1
+    first = linear.weight_index == 0 or linear.node.attributes.get_int("transA", False)
+    return Inputs(linear.data.name or "", max(last - 1, 0) if first else last)
+
+
+def hessians(
+    model: ir.Model, wanted: Sequence[Inputs], batches: Iterable[Mapping[str, npt.NDArray[Any]]]
+) -> dict[Inputs, npt.NDArray[np.float32]]:
+    """Runs the model and returns sum x x^T over all rows (tokens) of each value, float32 [inputs, inputs].
+
+    The sums of a batch are made in the graph: no activation leaves it.
+
+    Args:
+        model: the float model; it is left as it is.
+        wanted: values of the main graph.
+        batches: one array per model input each.
+    """
+    summing, outputs = _summing(model, wanted)
+    runner, found = session(summing), dict[Inputs, npt.NDArray[np.float32]]()
+    for batch in batches:
+        results = runner.run(batch)
+        for each, output in outputs.items():
+            if each in found:
+                found[each] += results[output]
+            else:
+                found[each] = np.array(results[output])
+    return found
+
+
+def _summing(model: ir.Model, wanted: Sequence[Inputs]) -> tuple[ir.Model, dict[Inputs, str]]:
+    """A copy of the model that returns these sums alone, and the names of its outputs."""
+    copy = model.clone()
+    graph, names = copy.graph, Names(copy)
+    values = {value.name: value for value in graph.inputs}
+    values.update({value.name: value for node in graph for value in node.outputs})
+    graph.outputs.clear()
+    outputs = {}
+    for each in wanted:
+        output = _sum(graph, names, values[each.value], each.axis)
+        graph.outputs.append(output)
+        outputs[each] = output.name or ""
+    RemoveUnusedNodesPass()(copy)
+    return copy, outputs
+
+
+def _sum(graph: ir.Graph, names: Names, value: ir.Value, axis: int) -> ir.Value:
+    """Appends nodes that make a matrix of a value, the axis in front, and multiply that by its transpose."""
+
+    def add(op: str, inputs: Sequence[ir.Value], **attributes: int | Sequence[int]) -> ir.Value:
+        node = ir.node(op, inputs, attributes=attributes, name=names.fresh(f"{value.name}_{op}"))
+        node.outputs[0].name = names.fresh(f"{value.name}_{op}_output")
+        graph.append(node)
+        return node.outputs[0]
+
+    full = add("Cast", [value], to=int(ir.DataType.FLOAT))  # sums of squares overflow float16 at once
+    others = [other for other in range(rank(value) or 0) if other != axis]
+    rows = add("Flatten", [add("Transpose", [full], perm=[axis, *others])], axis=1)
+    result = add("Gemm", [rows, rows], transB=1)
+    result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, None])
+    return result

@@ -1,0 +1,243 @@
+"""Codes chosen by what layers read: which weights get them, and that their layers lose less."""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qonnx
+from qonnx import weight_rounding
+from qonnx.errors import RecipeError
+from qonnx.graph import load
+from qonnx.numerics import Array, Dtype, PerTensor, dequantize, quantize
+from qonnx.plan import QuantPlan
+from qonnx.recipe import Rounding
+from qonnx.runtime import session
+from tests.graphs import model_of
+
+X, W = "float[n,48] x", "float[48,32] w"
+PRODUCTS = {
+    "MatMul": f"g ({X}, {W}) => (float[n,32] y) {{ [n] y = MatMul(x, w) }}",
+    "MatMul of three axes": f"g (float[n,5,48] x, {W}) => (float[n,5,32] y) {{ [n] y = MatMul(x, w) }}",
+    "MatMul, weight first": "g (float[n,48,5] x, float[32,48] w) => (float[n,32,5] y) { [n] y = MatMul(w, x) }",
+    "MatMul, transposed weight": (
+        f"g ({X}, float[32,48] w) => (float[n,32] y) {{ t = Transpose <perm = [1,0]> (w) [n] y = MatMul(x, t) }}"
+    ),
+    "Gemm": f"g ({X}, {W}) => (float[n,32] y) {{ [n] y = Gemm(x, w) }}",
+    "Gemm, transB": f"g ({X}, float[32,48] w) => (float[n,32] y) {{ [n] y = Gemm <transB = 1> (x, w) }}",
+    "Gemm, transA": f"g (float[48,n] x, {W}) => (float[n,32] y) {{ [n] y = Gemm <transA = 1> (x, w) }}",
+    "Gemm, both": (
+        "g (float[48,n] x, float[32,48] w) => (float[n,32] y) { [n] y = Gemm <transA = 1, transB = 1> (x, w) }"
+    ),
+}
+SETTINGS = {
+    "blocks of 16": ["weights.granularity={kind: blocked, block_size: 16}"],
+    "per channel": ["weights.granularity.kind=per_channel"],
+    "per tensor": ["weights.granularity.kind=per_tensor"],
+    "zero points": ["weights.dtype=uint4"],
+}
+
+
+def data(model: ir.Model, count: int = 8, rows: int = 64) -> list[dict[str, Array]]:
+    """Batches whose 48 channels depend on each other."""
+    rng = np.random.default_rng(0)
+    value = model.graph.inputs[0]
+    assert value.shape is not None
+    sizes = [size if isinstance(size, int) else rows for size in value.shape]
+    axis, mix = sizes.index(48), rng.standard_normal((48, 48)) * rng.uniform(0.1, 2, 48)
+    shape = [size for size in sizes if size != 48]
+    draws = [np.moveaxis(rng.standard_normal((*shape, 48)) @ mix, -1, axis) for _ in range(count)]
+    return [{"x": draw.astype(np.float32)} for draw in draws]
+
+
+def sqnr(result: qonnx.Result) -> float:
+    return result.comparison.outputs[0].sqnr_db
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_results_lose_less_on_data_that_was_not_seen(name: str, how: str, tmp_path: Path) -> None:
+    model = model_of(PRODUCTS[name], weights="w")
+    common = ["weights.clip=mse", *SETTINGS[how]]
+    batches = data(model)
+    rounded, nearest = (
+        qonnx.quantize(
+            model, batches, tmp_path / "q.onnx", recipe="w4", target="ort-cpu",
+            settings=[*common, f"weights.rounding={rounding}"],
+        )
+        for rounding in (Rounding.GPTQ, Rounding.NEAREST)
+    )  # fmt: skip
+    assert rounded.held_out == 2
+    assert rounded.plan.weights[0].rounding is Rounding.GPTQ
+    assert rounded.plan.weights[0].scale == nearest.plan.weights[0].scale
+    assert any("codes of 1 weights chosen by what their layers read" in note for note in rounded.notes)
+    assert sqnr(rounded) > sqnr(nearest) + 2
+
+
+def two(text: str, weights: str = "w w2") -> ir.Model:
+    return model_of(text, weights=weights, scale=0.3)
+
+
+SHARED = f"g ({X}, float[48,48] w) => (float[n,48] y) {{ [a] h = MatMul(x, w) r = Relu(h) [b] y = MatMul(r, w) }}"
+KEPT_NEAREST = {
+    "no matrix product": (
+        "g (int64[n] x, float[48,32] w) => (float[n,32] y) { [n] y = Gather(w, x) }",
+        ["rules=[{match: {op: Gather}, weights: {rounding: gptq}}]"],
+    ),
+    "a stack of matrices": (
+        "g (float[2,n,48] x, float[2,48,32] w) => (float[2,n,32] y) { [n] y = MatMul(x, w) }",
+        [],
+    ),
+    "read in float, too": (
+        f"g ({X}, float[48,48] w) => (float[n,48] y, float[n,48] z) {{ [a] y = MatMul(x, w) [b] z = MatMul(y, w) }}",
+        ["rules=[{match: {name: b}, skip: true}]"],
+    ),
+    "16 bits": (PRODUCTS["MatMul"], ["weights.dtype=int16", "weights.granularity.kind=per_channel"]),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_NEAREST)
+def test_other_weights_are_rounded_to_nearest(name: str, tmp_path: Path) -> None:
+    text, settings = KEPT_NEAREST[name]
+    model = model_of(text, weights="w")
+    rng = np.random.default_rng(0)
+    shape = [8 if not isinstance(size, int) else size for size in model.graph.inputs[0].shape or ()]
+    integers = model.graph.inputs[0].dtype == ir.DataType.INT64
+    draws = [rng.integers(0, 48, shape) if integers else rng.standard_normal(shape) for _ in range(3)]
+    batches = [{"x": draw.astype(np.int64 if integers else np.float32)} for draw in draws]
+    found = qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe="w4", target="ort-cpu", settings=settings)
+    plain = ["weights.rounding=nearest", *(each.replace("gptq", "nearest") for each in settings)]
+    qonnx.quantize(model, batches, tmp_path / "plain.onnx", recipe="w4", target="ort-cpu", settings=plain)
+    assert {tensor.rounding for tensor in found.plan.weights} == {Rounding.NEAREST}
+    assert any("1 weights are rounded to nearest" in note for note in found.notes)
+    runs = [session(tmp_path / f"{stem}.onnx").run(batches[0]) for stem in ("q", "plain")]
+    for value in runs[0]:
+        np.testing.assert_array_equal(runs[0][value], runs[1][value])
+
+
+def test_a_weight_with_two_readers_is_rounded_for_both(tmp_path: Path) -> None:
+    model = two(SHARED, "w")
+    batches = data(model)
+    rounded, nearest = (
+        qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe="w4", target="ort-cpu", settings=settings)
+        for settings in ([], ["weights.rounding=nearest"])
+    )
+    assert len(rounded.plan.weights) == 1
+    assert sqnr(rounded) > sqnr(nearest) + 1
+
+
+def test_without_data_weights_are_rounded_to_nearest_and_that_is_said(tmp_path: Path) -> None:
+    model = model_of(PRODUCTS["Gemm"], weights="w")
+    blind = qonnx.quantize(model, None, tmp_path / "blind.onnx", recipe="w4", target="ort-cpu")
+    assert any("1 weights are rounded to nearest: give data" in note for note in blind.notes)
+    assert blind.plan.weights[0].rounding is Rounding.NEAREST
+    settings = ["weights.rounding=nearest"]
+    qonnx.quantize(model, None, tmp_path / "plain.onnx", recipe="w4", target="ort-cpu", settings=settings)
+    graphs = [
+        ir.to_onnx_text(ir.Model(load(tmp_path / f"{name}.onnx").graph, ir_version=10)) for name in ("blind", "plain")
+    ]
+    assert graphs[0] == graphs[1]
+
+
+def test_a_plan_that_is_fed_back_gives_the_same_codes(tmp_path: Path) -> None:
+    model = two(SHARED, "w")
+    batches = data(model)
+    first = qonnx.quantize(model, batches, tmp_path / "one.onnx", recipe="w4", target="ort-cpu")
+    first.plan.save(tmp_path / "plan.json")
+    assert QuantPlan.load(tmp_path / "plan.json") == first.plan
+    again = qonnx.quantize(model, batches, tmp_path / "two.onnx", target="ort-cpu", plan=tmp_path / "plan.json")
+    assert again.held_out == first.held_out == 2
+    graphs = [load(tmp_path / f"{name}.onnx").graph for name in ("one", "two")]
+    assert ir.to_onnx_text(ir.Model(graphs[0], ir_version=10)) == ir.to_onnx_text(ir.Model(graphs[1], ir_version=10))
+    assert load(tmp_path / "two.onnx").metadata_props["qonnx.calibration_data"]
+
+
+@pytest.mark.parametrize("dtype", [Dtype.INT8, Dtype.UINT8, Dtype.INT4, Dtype.FLOAT4E2M1, Dtype.FLOAT8E4M3FN])
+@pytest.mark.parametrize("kind", [np.float32, np.float16, ml_dtypes.bfloat16])
+@settings(max_examples=20, deadline=None)
+@given(scale=st.floats(1e-3, 100))
+def test_codes_are_found_again_in_what_they_stand_for(scale: float, kind: Any, dtype: Dtype) -> None:
+    """A weight carries its codes to where it is written, in the float type of the graph."""
+    if dtype.bits > 4 and kind is ml_dtypes.bfloat16:
+        return  # eight significant bits are not enough: such weights are rounded to nearest
+    step, zero = np.array(scale).astype(kind).astype(np.float32), np.array(dtype is Dtype.UINT8, dtype.numpy)
+    values = np.arange(2**dtype.bits, dtype=np.uint8).view(np.uint8)
+    codes = values.view(dtype.numpy) if dtype.bits == 8 else values.astype(np.int8).astype(dtype.numpy)
+    codes = codes[np.isfinite(codes.astype(np.float32))]
+    stands_for = dequantize(codes, step, zero, PerTensor()).astype(kind).astype(np.float32)
+    again = quantize(stands_for, step, zero, dtype, PerTensor())
+    np.testing.assert_array_equal(again.astype(np.float32), codes.astype(np.float32))
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    text = "g (float16[n,48] x, float16[48,32] w) => (float16[n,32] y) { [n] y = MatMul(x, w) }"
+    model = model_of(text, weights="w")
+    batches = [{"x": batch["x"].astype(np.float16)} for batch in data(model)]
+    rounded, nearest = (
+        qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe="w4", target="ort-cpu", settings=settings)
+        for settings in ([], ["weights.rounding=nearest"])
+    )
+    assert rounded.plan.weights[0].rounding is Rounding.GPTQ
+    assert sqnr(rounded) > sqnr(nearest) + 2
+
+
+def test_layers_are_worked_off_in_parts_where_their_hessians_take_too_much_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        f"g ({X}, {W}, float[32,16] w2) => (float[n,16] y) {{ [a] h = MatMul(x, w) r = Relu(h) [b] y = MatMul(r, w2) }}"
+    )
+    files = []
+    for size in (1 << 30, 1):
+        monkeypatch.setattr(weight_rounding, "_BYTES", size)
+        file = tmp_path / f"{size}.onnx"
+        model = two(text)
+        result = qonnx.quantize(model, data(model), file, recipe="w4", target="ort-cpu")
+        assert [tensor.rounding for tensor in result.plan.weights] == [Rounding.GPTQ] * 2
+        files.append(file.read_bytes())
+    assert files[0] == files[1]
+
+
+def test_inputs_that_are_not_finite_leave_the_weight_at_nearest(tmp_path: Path) -> None:
+    model = two(f"g ({X}, {W}) => (float[n,32] y) {{ l = Log(x) [n] h = MatMul(l, w) y = Tanh(h) }}")
+    batches = data(model, 3)
+    with np.errstate(invalid="ignore"):
+        result = qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe="w4", target="ort-cpu")
+    assert result.plan.weights[0].rounding is Rounding.NEAREST
+
+
+def test_one_batch_is_enough_and_is_told(tmp_path: Path) -> None:
+    model = model_of(PRODUCTS["Gemm"], weights="w")
+    result = qonnx.quantize(model, data(model, 1, 1), tmp_path / "q.onnx", recipe="w4", target="ort-cpu")
+    assert result.held_out == 0
+    assert any("only one batch was given" in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("int8", ["weights.rounding=gptq"]),
+        ("int8-dynamic", ["rules=[{match: {op: MatMul}, weights: {rounding: gptq}}]"]),
+    ],
+)
+def test_formats_that_quantize_activations_refuse_it(recipe: str, settings: list[str], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"weights\.rounding gptq means nothing in format"):
+        qonnx.quantize(
+            tmp_path / "no.onnx", None, tmp_path / "q.onnx", recipe=recipe, target="ort-cpu", settings=settings
+        )
+
+
+def test_integer_types_of_every_width_up_to_eight(tmp_path: Path) -> None:
+    model = model_of(PRODUCTS["Gemm"], weights="w")
+    for dtype in (Dtype.INT2, Dtype.UINT2, Dtype.INT4, Dtype.UINT8, Dtype.FLOAT4E2M1):
+        settings = [f"weights.dtype={dtype}", "weights.granularity.block_size=16"]
+        result = qonnx.quantize(
+            model, data(model), tmp_path / "q.onnx", recipe="w4", target="ort-cpu", settings=settings
+        )
+        assert result.plan.weights[0].rounding is Rounding.GPTQ
+        assert sqnr(result) > {2: 3, 4: 14, 8: 30}[dtype.bits]
