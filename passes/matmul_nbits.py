@@ -72,7 +72,7 @@ def _weight(node: ir.Node) -> Integers | None:
     if node.op_type == "Gemm":
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         scaled = node.attributes.get_float("alpha", 1.0) != 1 or node.attributes.get_float("beta", 1.0) != 1
-        if node.attributes.get_int("transA", 0) != 0 or scaled or (bias is not None and rank(bias) != 1):
+        if node.attributes.get_int("transA", 0) != 0 or scaled or not _is_row(bias, node.outputs[0]):
             return None
         weight = gemm_operands(node, weight, weight)[1]
     if weight.block_size and weight.block_size not in BLOCK_SIZES and weight.axis == 0:
@@ -81,6 +81,13 @@ def _weight(node: ir.Node) -> Integers | None:
             f"{weight.block_size}; use one of these, or do without operators of com.microsoft"
         )
     return weight if weight.axis in ((0,) if weight.block_size else (None, 1)) else None
+
+
+def _is_row(bias: ir.Value | None, result: ir.Value) -> bool:
+    """Whether a bias is none, or has one element for each column: Gemm would repeat others."""
+    if bias is None or bias.shape is None or result.shape is None:
+        return bias is None
+    return bias.shape.rank() == 1 and bias.shape[0] == result.shape[-1]
 
 
 def _rewrite(write: Writer, weight: Integers, accuracy_level: int) -> None:

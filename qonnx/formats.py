@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from qonnx.numerics import Dtype
 from qonnx.passes.allow_types import AllowTypes
+from qonnx.passes.gather_codes import GatherCodes
 from qonnx.passes.insert_codebook import InsertCodebook
 from qonnx.passes.insert_dynamic import InsertDynamic
 from qonnx.passes.insert_per_token import InsertPerToken
@@ -13,9 +14,10 @@ from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.passes.insert_qoperator import InsertQOperator
 from qonnx.passes.insert_weight_only import InsertWeightOnly
 from qonnx.passes.lower_opset import LowerOpset
+from qonnx.passes.matmul_nbits import WriteMatMulNBits
 from qonnx.passes.quantize_biases import QuantizeBiases
 from qonnx.plan import QuantPlan
-from qonnx.recipe import Format
+from qonnx.recipe import Format, Operators
 from qonnx.targets import target
 
 
@@ -47,5 +49,6 @@ def passes(plan: QuantPlan) -> tuple[ir.passes.InPlacePass, ...]:
         case Format.WEIGHT_ONLY:
             has_codebook = any(tensor.dtype is Dtype.FLOAT4E2M1 for tensor in plan.weights)
             if has_codebook and target(plan.target).integer_operators:
-                return (InsertCodebook(plan),)
+                packed = (WriteMatMulNBits(),) if plan.operators is Operators.MICROSOFT else ()
+                return (InsertCodebook(plan), GatherCodes(), *packed)
             return (InsertWeightOnly(plan, plan.operators),)

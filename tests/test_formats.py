@@ -269,5 +269,15 @@ def test_an_axis_shorter_than_a_block_gets_smaller_ones(length: int, recipe: str
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_codebooks_beside_matmul_nbits(tmp_path: Path) -> None:
+    """One layer in float4e2m1 takes nothing away from the others."""
+    settings = ["rules=[{match: {name: fc1}, weights: {dtype: float4e2m1}}]"]
+    qonnx.quantize(network(), data(), tmp_path / "q.onnx", recipe="w4-nbits", target="ort-cpu", settings=settings)
+    found = [node.op_type for node in load(tmp_path / "q.onnx").graph]
+    assert found.count("MatMulNBits") == 2
+    assert "Cast" in found
+    assert session(tmp_path / "q.onnx").run(data()[0])["y"].shape == (16, 16)
+
+
 def test_formats_know_whether_they_are_calibrated() -> None:
     assert [kind for kind in Format if kind.calibrated] == [Format.QDQ, Format.QOPERATOR]
