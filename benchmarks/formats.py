@@ -1,9 +1,10 @@
 """Every format on every real network: task metric, SQNR, layers quantized, size.
 
-    python -m benchmarks.formats [residual] [minilm] [mobilenet] [ocr] [detector] [crepe] [silero]
+    python -m benchmarks.formats [residual] [minilm] [mobilenet] [ocr] [detector] [crepe] [silero] [smollm2]
 
 Each row is what one recipe gives for one target when it is given nothing else. SQNR is measured on batches that no
-choice was made on, the metric on the test data of the task.
+choice was made on, the metric on the test data of the task. Integer operators are written from the plan that Q/DQ
+were written from: only the format differs. SmolLM2 is measured by name only, in weight-only formats.
 
 The two recipes for BERT follow NVIDIA FasterTransformer's layouts, whose guide gives for BERT-base on SQuAD, EM / F1:
 float 82.63 / 89.53, mode 1 81.92 / 89.09, mode 2 80.36 / 88.09, both without retraining.
@@ -16,29 +17,46 @@ import itertools
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
 import qonnx
 from benchmarks.accuracy import float_file
+from models.common import Evaluation
 from qonnx.errors import QonnxError
+from qonnx.plan import QuantPlan
+from qonnx.recipe import Format
 from qonnx.runtime import session
 
 MODELS = ("residual", "minilm", "mobilenet", "ocr", "detector", "crepe", "silero")
-ROWS = (
-    ("a800", "int8"),
-    ("ort-cpu", "int8"),
-    ("ort-cpu", "int8-qoperator"),
-    ("ort-cpu", "int8-dynamic"),
-    ("ort-cpu", "int8-per-token"),
-    ("ort-cpu", "w8"),
-    ("ort-cpu", "w4-block32"),
-    ("a800", "w4-block32"),
-)
-ENCODER_ROWS = (("a800", "bert-int8-mode1"), ("a800", "bert-int8-mode2"))
-BATCHES = 12
+
+
+class Row(NamedTuple):
+    """A recipe for a target, with settings."""
+
+    target: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+
+
+_NEAREST = ("weights.rounding=nearest",)
+_STATIC = (Row("a800", "int8"), Row("ort-cpu", "int8"), Row("ort-cpu", "int8-qoperator"))
+_AT_RUN_TIME = (Row("ort-cpu", "int8-dynamic"), Row("ort-cpu", "int8-per-token"))
+_WEIGHTS = (Row("ort-cpu", "w8"), Row("ort-cpu", "w4-block32"), Row("a800", "w4"))
+_ROUNDING = (Row("ort-cpu", "w4-block32", _NEAREST), Row("a800", "w4", _NEAREST))
+_BERT = (Row("a800", "bert-int8-mode1"), Row("a800", "bert-int8-mode2"))
+ROWS: Mapping[str, Sequence[Row]] = {
+    "minilm": (*_STATIC, *_BERT, *_AT_RUN_TIME, *_WEIGHTS, *_ROUNDING),
+    "smollm2": (Row("ort-cpu", "w8"), Row("ort-cpu", "w4"), Row("ort-cpu", "w4", _NEAREST)),
+}
+USUAL = (*_STATIC, *_AT_RUN_TIME, *_WEIGHTS)
+BATCHES = {"smollm2": 24}
 
 
 def measure(name: str, console: Console) -> None:
@@ -46,31 +64,55 @@ def measure(name: str, console: Console) -> None:
     model = importlib.import_module(f"models.{name}")
     table = Table("target", "recipe", "metric", "change", "SQNR dB", "layers", "size", "seconds", title=name)
     with tempfile.TemporaryDirectory() as folder:
-        source, output = float_file(name, model, Path(folder)), Path(folder) / "quantized.onnx"
+        source = float_file(name, model, Path(folder))
         reference = model.evaluate(session(source).run)
-        unit = reference.unit
-        table.add_row("", "float", f"{reference.value:.2f} {unit} ± {reference.standard_error:.2f}")
-        data = list(itertools.islice(model.calibration(batches=BATCHES), BATCHES))
-        for target, recipe in (*ROWS, *(ENCODER_ROWS if name == "minilm" else ())):
-            start = time.perf_counter()
-            try:
-                result = qonnx.quantize(source, data, output, recipe=recipe, target=target)
-            except QonnxError as error:
-                table.add_row(target, recipe, f"{type(error).__name__}: {error}")
-                continue
-            seconds = time.perf_counter() - start
-            value = model.evaluate(session(output).run).value
-            table.add_row(
-                target,
-                recipe,
-                f"{value:.2f} {unit}",
-                f"{value - reference.value:+.2f}",
-                ", ".join(f"{entry.sqnr_db:.1f}" for entry in result.comparison.outputs),
-                f"{len(result.plan.quantized_layers)} of {len(result.plan.layers)}",
-                f"{result.quantized_bytes / max(result.float_bytes, 1):.0%}",
-                f"{seconds:.0f}",
-            )
+        table.add_row("", "float", f"{_metric(reference)} ± {reference.standard_error:.2f}")
+        batches = BATCHES.get(name, 12)
+        data = list(itertools.islice(model.calibration(batches=batches), batches))
+        for row, cells in _rows(name, model, source, reference, data):
+            settings = f" {' '.join(row.settings)}" if row.settings else ""
+            table.add_row(row.target, row.recipe + settings, *cells)
+            print(name, row.target, row.recipe + settings, *cells, file=sys.stderr, flush=True)  # it takes minutes
     console.print(table)
+
+
+def _rows(
+    name: str, model: ModuleType, source: Path, reference: Evaluation, data: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Row, tuple[str, ...]]]:
+    plans: dict[str, QuantPlan] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "quantized.onnx"
+        for row in ROWS.get(name, USUAL):
+            target, recipe, settings = row
+            start, given = time.perf_counter(), None
+            if recipe == "int8-qoperator" and target in plans:
+                given = msgspec.structs.replace(plans[target], format=Format.QOPERATOR)
+            try:
+                result = qonnx.quantize(
+                    source, data, output, recipe=recipe, target=target, settings=settings, plan=given
+                )
+            except QonnxError as error:
+                yield row, (f"{type(error).__name__}: {error}",)
+                continue
+            if recipe == "int8":
+                plans[target] = result.plan
+            seconds = time.perf_counter() - start
+            found = model.evaluate(session(output).run)
+            yield (
+                row,
+                (
+                    _metric(found),
+                    f"{found.value - reference.value:+.2f}",
+                    ", ".join(f"{entry.sqnr_db:.1f}" for entry in result.comparison.outputs),
+                    f"{len(result.plan.quantized_layers)} of {len(result.plan.layers)}",
+                    f"{result.quantized_bytes / max(result.float_bytes, 1):.0%}",
+                    f"{seconds:.0f}",
+                ),
+            )
+
+
+def _metric(found: Evaluation) -> str:
+    return f"{found.value:.2f} {found.unit}".strip()
 
 
 if __name__ == "__main__":
