@@ -70,6 +70,7 @@ class Job:
         file: where the quantized model is written.
         smoothing: what was done to the prepared model before.
         leave: node names of layers to leave in float from the start, each with the reason.
+        probabilities: ranges of outputs of a Softmax, where these are not from 0 to 1.
     """
 
     model: ModelSource
@@ -82,6 +83,7 @@ class Job:
     file: Path
     smoothing: tuple[SmoothPlan, ...] = ()
     leave: Mapping[str, str] = field(default_factory=dict)
+    probabilities: Mapping[str, Range] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
     if isinstance(calibrator, Auto) and not grid.is_integer:
         calibrator = MinMax()  # a float grid is as fine around 0 wherever it ends: nothing is gained by clipping
     if not isinstance(calibrator, Auto):
-        return calibrated(values, statistics, calibrator, grid, symmetric=symmetric)
+        return {**calibrated(values, statistics, calibrator, grid, symmetric=symmetric), **job.probabilities}
     tried = [calibrated(values, statistics, each, grid, symmetric=symmetric) for each in calibrator.candidates]
     # Calibration saw the sample, which makes wide ranges look better there than they are: the harmless mistake.
     batch = _few_samples(job.prepared, [*job.choose, *job.sample], _auto_samples(statistics, job.sample))
@@ -202,11 +204,11 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
         symmetric=symmetric,
         biases_corrected=job.recipe.correct_biases,
     )
+    tried = [{**each, **job.probabilities} for each in (*tried, per_tensor)]
     # All contestants quantize the edges of the first one; which layers no scale can save is decided once more later.
     first = make_plan(job.prepared, statistics, tried[0], job.recipe, job.target, job.leave)
     leave = {layer.node: layer.reason for layer in first.float_layers}
     recipe = msgspec.structs.replace(job.recipe, minimum_sqnr_db=-math.inf)
-    tried.append(per_tensor)
     plans = [make_plan(job.prepared, statistics, each, recipe, job.target, leave) for each in tried]
     kinds = [isinstance(candidate, Average) for candidate in calibrator.candidates]
     usual = kinds.index(True) if any(kinds) else 0

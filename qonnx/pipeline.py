@@ -44,7 +44,8 @@ from qonnx.roofline import roofline, unprofitable
 from qonnx.rules import unmatched
 from qonnx.runtime import Device, input_specs
 from qonnx.sensitivity import LayerCost
-from qonnx.smooth_choice import AUTOMATIC, Smoothed, apply, smoothed
+from qonnx.smooth_choice import AUTOMATIC, Smoothed, smoothed
+from qonnx.smooth_plan import apply
 from qonnx.smoothing import NoSmoothing
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
@@ -275,7 +276,19 @@ def quantize(
         file = folder / output.name
         chosen_on, judged = _split(held, sample, calibrated=calibrated, learns=learns)
         digest = "" if data is None else held.digest
-        job = Job(model, smooth.model, chosen, consumer, sample, chosen_on, digest, file, smooth.plans, leave)
+        job = Job(
+            model,
+            smooth.model,
+            chosen,
+            consumer,
+            sample,
+            chosen_on,
+            digest,
+            file,
+            smooth.plans,
+            leave,
+            smooth.probabilities,
+        )
         if given is not None:
             attempt = write(job, without_left_layers(given))
         else:

@@ -198,13 +198,13 @@ def make_plan(
     Args:
         model: the prepared float model.
         statistics: of the values that `qonnx.placement.candidates` names.
-        ranges: what the calibrator makes of them; outputs of a Softmax reach from 0 to 1 whatever it says.
+        ranges: what the calibrator makes of them; outputs of a Softmax that have none reach from 0 to 1.
         recipe: resolved for the target.
         target: the consumer of the quantized graph.
         leave: node names of layers to leave in float, each with the reason.
     """
     draft = place(model, recipe, target, leave)
-    known = {**ranges, **{value: Range(0.0, 1.0, "softmax") for value in draft.probabilities}}
+    known = {**{value: Range(0.0, 1.0, "softmax") for value in draft.probabilities}, **ranges}
     if recipe.format.calibrated:
         unfit = _unfit(draft, statistics, known, recipe, _grids(model.graph, draft, recipe, target))
         placement = place(model, recipe, target, {**unfit, **(leave or {})})

@@ -3,36 +3,38 @@
 The factors are found on some calibration batches. With `auto`, channels that stick out too far for any factor are
 repeated first (`qonnx.splitting`). Then the quantized network is built and run both ways, with the same layers on
 integers, and the smoothed one is kept where its worst output is better on held-back batches. What takes nodes at run
-time is tried last, and only where the goal is missed without.
+time is tried last, and only where the goal is missed without. At the end, values in attention get offsets that suit the
+few codes of their probabilities.
 All other statistics are measured on the model that this returns.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
 
+from qonnx.calibrators import Auto
 from qonnx.equalization import equalize
 from qonnx.errors import RecipeError
-from qonnx.group_error import Quantizers, Vector, channel_axes
+from qonnx.group_error import Quantizers, channel_axes
 from qonnx.group_report import GroupReport
 from qonnx.group_samples import collect_inputs
-from qonnx.groups import Residual, SmoothGroup, find_groups
+from qonnx.groups import SmoothGroup
 from qonnx.numerics import PerTensor
 from qonnx.observation import observe
 from qonnx.passes.equalize import AutoEqualization, Equalization, NoEqualization
-from qonnx.passes.infer_shapes import InferShapes
-from qonnx.passes.rescale_channels import RescaleChannels, Rescaling
 from qonnx.passes.split_channels import Split, SplitChannels
 from qonnx.placement import Placement, candidates, place
 from qonnx.plan import SmoothPlan
+from qonnx.probabilities import ENDS, attentions, choose_grids
+from qonnx.ranges import Range
 from qonnx.rebatch import Batch, rows
 from qonnx.recipe import Recipe
+from qonnx.smooth_plan import Look, apply, floats
 from qonnx.smoothing import AutoSmoothing, Method, NoSmoothing, decide
 from qonnx.splitting import find_splits, repeated
 from qonnx.statistics import Statistics
@@ -69,6 +71,7 @@ class Smoothed:
         notes: how it went, a line for each method.
         warning: that nothing could be done although it was asked for, or that it was done by few data, or "".
         keeps_db: what the worst output keeps of the model in integers, where that was measured.
+        probabilities: ranges of outputs of a Softmax that end before 1, by value name.
     """
 
     model: ir.Model
@@ -77,6 +80,7 @@ class Smoothed:
     notes: tuple[str, ...] = ()
     warning: str = ""
     keeps_db: float | None = None
+    probabilities: Mapping[str, Range] = field(default_factory=dict)
 
     def then(
         self, model: ir.Model, plans: tuple[SmoothPlan, ...], reports: tuple[GroupReport, ...], note: str
@@ -131,6 +135,8 @@ def smoothed(
     # With nodes, smoothing gains more: it flattens what residual branches share with the layers of a transformer.
     for method in reversed(costly):
         result = _with_nodes(result, method, recipe, target, sample, choose)
+    if isinstance(recipe.smooth, AutoSmoothing) and recipe.format.calibrated and activation_dtype(recipe).is_integer:
+        result = _for_probabilities(result, recipe, target, sample, choose)
     return result
 
 
@@ -172,7 +178,7 @@ def _next(
     """What one more method makes of a model."""
     model, verb = before.model, _verb(method)
     draft = place(model, recipe, target)
-    groups = _read_by(draft, _Look.of(method).groups(model))
+    groups = _read_by(draft, Look.of(method).groups(model))
     if all(group.reason for group in groups):
         reports = decide(groups, AutoSmoothing(), Statistics({}), {}, _quantizers(recipe, target))[1]
         reason = reports[0].reason if reports else "no quantized layer reads channels"
@@ -189,7 +195,7 @@ def _next(
         keeps = outputs_keep(model, trial_plan(model, recipe, target, sample, found.statistics), choose)
     would = outputs_keep(changed, trial_plan(changed, recipe, target, sample), choose)
     gain = _gain(keeps, would)
-    if gain >= (_WORTH_IT_DB if sum(map(rows, choose)) >= _FEW_SAMPLES else _WORTH_IT_ON_FEW_DB):
+    if gain >= _worth_it(choose):
         note = f"{found.words(verb)}: the outputs keep {gain:.1f} dB more"
         return replace(before.then(changed, found.plans, found.reports, note), keeps_db=would)
     reports = tuple(_not_kept(report, verb, gain) for report in found.reports)
@@ -209,7 +215,7 @@ def _with_nodes(
     model, verb = before.model, _verb(method)
     draft = place(model, recipe, target)
     done = {plan.value for plan in before.plans if plan.bounds == isinstance(method, Equalization)}
-    groups = tuple(group for group in _read_by(draft, _Look.of(method).groups(model)) if group.value not in done)
+    groups = tuple(group for group in _read_by(draft, Look.of(method).groups(model)) if group.value not in done)
     if all(group.reason for group in groups):
         return before
     keeps = before.keeps_db
@@ -232,6 +238,62 @@ def _with_nodes(
     return replace(before, notes=(*before.notes, note))
 
 
+def _for_probabilities(
+    before: Smoothed, recipe: Recipe, target: Target, sample: Sequence[Batch], choose: Sequence[Batch]
+) -> Smoothed:
+    """Grids of the probabilities in attention, and values with offsets that suit these: see `qonnx.probabilities`."""
+    model, look = before.model, Look()
+    found = list(attentions(model, place(model, recipe, target), look.groups(model)))
+    grids = choose_grids(
+        model,
+        found,
+        sample,
+        choose,
+        activation_dtype(recipe),
+        symmetric=target.symmetric,
+        biases_corrected=recipe.correct_biases,
+        ends=ENDS if isinstance(recipe.activations.calibrator, Auto) else ENDS[:1],
+    )
+    if not grids.ranges and not grids.rescalings:
+        return before
+    plans = tuple(look.plan(rescaling, {}) for rescaling in grids.rescalings)
+    changed = apply(model, plans)
+    keeps = before.keeps_db
+    if keeps is None:
+        keeps = outputs_keep(model, trial_plan(model, recipe, target, sample), choose)
+    would = outputs_keep(changed, trial_plan(changed, recipe, target, sample, known=grids.ranges), choose)
+    gain = _gain(keeps, would)
+    what = (
+        f"{len(plans)} of {len(found)} attentions with values centred, {len(grids.ranges)} with probabilities cut off"
+    )
+    if gain < _worth_it(choose):
+        note = f"not changed: {what}: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
+        return replace(before, notes=(*before.notes, note))
+    return replace(
+        before,
+        model=changed,
+        plans=_with_offsets(before.plans, plans),
+        notes=(*before.notes, f"{what}: the outputs keep {gain:.1f} dB more"),
+        keeps_db=would,
+        probabilities=grids.ranges,
+    )
+
+
+def _with_offsets(plans: tuple[SmoothPlan, ...], more: Sequence[SmoothPlan]) -> tuple[SmoothPlan, ...]:
+    """Plans with further offsets, of values as they are behind these plans: (x - z) / s - c = (x - z - s c) / s."""
+    merged = list(plans)
+    for plan in more:
+        index = max((number for number, one in enumerate(merged) if one.value == plan.value), default=None)
+        if index is None:
+            merged.append(plan)
+            continue
+        scale = np.array(merged[index].scale)
+        shift = np.array(merged[index].shift or 0.0) + scale * np.array(plan.shift)
+        method = f"{merged[index].method}, {plan.method}"
+        merged[index] = msgspec.structs.replace(merged[index], shift=floats(shift), method=method)
+    return tuple(merged)
+
+
 def _find(
     model: ir.Model,
     method: Method | Equalization,
@@ -241,7 +303,7 @@ def _find(
     sample: Sequence[Batch],
 ) -> _Found:
     """Measures the channels of groups and decides what to do with each."""
-    look, quantized = _Look.of(method), _quantized(draft)
+    look, quantized = Look.of(method), _quantized(draft)
     axes = channel_axes(groups)
     statistics = observe(model, [*dict.fromkeys([*axes, *candidates(draft)])], sample, channel_axes=axes)
     samples = collect_inputs(model, groups, sample)
@@ -271,6 +333,10 @@ def _verb(method: Method | Equalization) -> str:
 
 def _gain(before: float, after: float) -> float:
     return 0.0 if after == before else after - before  # both may be infinite
+
+
+def _worth_it(choose: Sequence[Batch]) -> float:
+    return _WORTH_IT_DB if sum(map(rows, choose)) >= _FEW_SAMPLES else _WORTH_IT_ON_FEW_DB
 
 
 def _few(verb: str, found: _Found) -> str:
@@ -331,75 +397,6 @@ def _little_known(seen: Mapping[str, int]) -> dict[str, str]:
         for value, count in seen.items()
         if count < _FEWEST_ROWS
     }
-
-
-def apply(model: ir.Model, plans: Sequence[SmoothPlan]) -> ir.Model:
-    """A copy of a prepared model with the factors and offsets of a plan folded in.
-
-    Raises:
-        RecipeError: the plan does not fit the model.
-        ModelError: a factor or an offset cannot be folded in.
-    """
-    copy = model.clone()
-    for look, same in itertools.groupby(plans, _Look.of):
-        together = list(same)
-        found = _found(look, copy, together)
-        repeats = [plan for plan in together if plan.copies]
-        if repeats:
-            layers = {plan.value: found[plan.value].consumers[0].linear.node.name or "" for plan in repeats}
-            SplitChannels(tuple(Split(layers[plan.value], plan.copies) for plan in repeats))(copy)
-            found = _found(look, copy, together)
-        rescalings = []
-        for plan in together:
-            scale = np.array(plan.scale, np.float64)
-            shift = np.array(plan.shift, np.float64) if plan.shift else None
-            rescalings.append(Rescaling(found[plan.value], scale, shift, plan.method))
-        RescaleChannels(tuple(rescalings))(copy)
-        InferShapes()(copy)
-    return copy
-
-
-def _found(look: _Look, model: ir.Model, plans: Sequence[SmoothPlan]) -> dict[str, SmoothGroup]:
-    """The groups of a model by value; every plan has one, with a layer."""
-    found = {group.value: group for group in look.groups(model)}
-    for plan in plans:
-        if plan.value not in found or not found[plan.value].consumers:
-            missing = f"the plan smooths {plan.value!r}, which this model lacks"
-            raise RecipeError(f"{missing}: it was made for another model")
-    return found
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What groups may cost: plans of one method have it in common, and it tells those of two methods apart."""
-
-    nodes: bool
-    bounds: bool
-    pad: bool
-
-    @staticmethod
-    def of(what: SmoothPlan | Method | Equalization) -> _Look:
-        if isinstance(what, SmoothPlan):
-            return _Look(what.nodes, what.bounds, what.pad)
-        equalizes = isinstance(what, Equalization)
-        return _Look(what.nodes, equalizes, isinstance(what, Equalization) and what.pad)
-
-    def groups(self, model: ir.Model) -> tuple[SmoothGroup, ...]:
-        # Equalization would rather have its own node behind x * sigmoid(x) than reach back to x and repair the Sigmoid.
-        residual = Residual.MUL if self.nodes and not self.bounds else Residual.REFUSE
-        return find_groups(model, residual=residual, explicit=self.nodes, pad=self.pad, bounds=self.bounds)
-
-    def plan(self, rescaling: Rescaling, splits: Mapping[str, Split]) -> SmoothPlan:
-        shift = _floats(rescaling.offset) if rescaling.offset.any() else ()
-        scale = _floats(rescaling.scale)
-        value, method = rescaling.group.value, rescaling.method
-        copies = splits[value].copies if value in splits else ()
-        return SmoothPlan(value, method, scale, shift, self.nodes, self.bounds, self.pad, copies)
-
-
-def _floats(vector: Vector) -> tuple[float, ...]:
-    """As the shortest decimals of their float32 values, so that a plan that was saved says the same."""
-    return tuple(float(str(value)) for value in vector.astype(np.float32))
 
 
 def _not_kept(report: GroupReport, verb: str, gain: float) -> GroupReport:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import onnx_ir as ir
@@ -16,7 +16,7 @@ from qonnx.numerics import Dtype, PerTensor
 from qonnx.observation import observe
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, make_plan
-from qonnx.ranges import calibrated
+from qonnx.ranges import Range, calibrated
 from qonnx.rebatch import Batch
 from qonnx.recipe import Format, Recipe
 from qonnx.runtime import session
@@ -31,7 +31,12 @@ def activation_dtype(recipe: Recipe) -> Dtype:
 
 
 def trial_plan(
-    model: ir.Model, recipe: Recipe, target: Target, sample: Sequence[Batch], statistics: Statistics | None = None
+    model: ir.Model,
+    recipe: Recipe,
+    target: Target,
+    sample: Sequence[Batch],
+    statistics: Statistics | None = None,
+    known: Mapping[str, Range] | None = None,
 ) -> QuantPlan:
     """A plan to try a model with: ranges of whole tensors from a sample, and all layers on integers that can be.
 
@@ -41,6 +46,7 @@ def trial_plan(
         target: the consumer of the quantized graph.
         sample: some calibration batches.
         statistics: of the sample, where it was observed already.
+        known: ranges that are not to be found anew, by value name.
     """
     activations = msgspec.structs.replace(recipe.activations, granularity=PerTensor())
     recipe = msgspec.structs.replace(recipe, minimum_sqnr_db=-math.inf, activations=activations)
@@ -48,7 +54,7 @@ def trial_plan(
     observed = statistics or observe(model, candidates(draft), sample)
     values = [value for value in candidates(draft) if value not in draft.probabilities]
     ranges = calibrated(values, observed, Average(), activation_dtype(recipe), symmetric=target.symmetric)
-    plan = make_plan(model, observed, ranges, recipe, target)
+    plan = make_plan(model, observed, {**ranges, **(known or {})}, recipe, target)
     return correct_biases(model, plan, sample) if recipe.correct_biases else plan
 
 

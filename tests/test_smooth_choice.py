@@ -15,7 +15,8 @@ from qonnx.plan import QuantPlan, SmoothPlan
 from qonnx.recipe import Recipe, load_recipe
 from qonnx.resolve import resolve
 from qonnx.runtime import session
-from qonnx.smooth_choice import Smoothed, apply, smoothed
+from qonnx.smooth_choice import Smoothed, smoothed
+from qonnx.smooth_plan import apply
 from qonnx.tables import result_tables
 from qonnx.targets import target
 from qonnx.trial import trial_plan
