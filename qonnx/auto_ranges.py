@@ -245,7 +245,9 @@ def best_throughout(
     for output in model.graph.outputs:
         original = next((v for node in graph for v in node.outputs if v.name == output.name), None)
         twin = both.twins.get(output.name or "")
-        if original is not None and twin is not None and twin is not original:
+        if original is None or isinstance(original.type, ir.SequenceType | ir.OptionalType):
+            continue
+        if twin is not None and twin is not original:
             graph.outputs.extend([original, twin])
             pairs.append((original.name or "", twin.name or ""))
     if not pairs:

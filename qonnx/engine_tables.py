@@ -128,15 +128,15 @@ def roofline_tables(result: Roofline, unprofitable: Mapping[str, str], layers: b
     rows = [("FLOP/B", "bound", *(f"{variant} us" for variant in variants), "")]
     for layer in shown:
         work = layer.work[Variant.FP16]
-        times = (f"{layer.work[variant].seconds(device) * 1e6:.2f}" for variant in variants)
+        times = (_microseconds(layer.work[variant].seconds(device)) for variant in variants)
         name = f"{layer.path or layer.node} ({layer.op})"
         rows.append((f"{work.intensity:.1f}", str(work.bound(device)), *times, name))
     rest = ordered[len(shown) :]
     if rest:
-        times = (f"{sum(x.work[v].seconds(device) for x in rest) * 1e6:.2f}" for v in variants)
+        times = (_microseconds(sum(x.work[v].seconds(device) for x in rest)) for v in variants)
         rows.append(("", "", *times, f"... and {len(rest)} more"))
     for other in result.others:
-        times = (f"{other.bytes[variant] / device.bandwidth * 1e6:.2f}" for variant in variants)
+        times = (_microseconds(other.bytes[variant] / device.bandwidth) for variant in variants)
         rows.append(("", "memory", *times, f"{other.count} {other.op}"))
     lines += [Text(), Text("layers, slowest first", TITLE), *columns(rows, right=2 + len(variants))]
     if unprofitable:
@@ -148,7 +148,17 @@ def roofline_tables(result: Roofline, unprofitable: Mapping[str, str], layers: b
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{_microseconds(seconds)} us"
+
+
+def _microseconds(seconds: float) -> str:
+    """With two digits after the point, and at least two digits that are not 0.
+
+    >>> _microseconds(12.3456e-6), _microseconds(0.00312e-6), _microseconds(0)
+    ('12.35', '0.0031', '0.00')
+    """
+    figure = seconds * 1e6
+    return f"{figure:.2f}" if figure >= 0.1 or not figure else f"{figure:.2g}"
 
 
 def _kernel(layer: EngineLayer) -> tuple[str, ...]:

@@ -89,8 +89,8 @@ def is_initializer(value: ir.Value | None) -> bool:
 
 
 def is_float(value: ir.Value | None) -> bool:
-    """Whether the value is known to hold float32, float16 or bfloat16 elements."""
-    return value is not None and value.dtype in FLOAT_TYPES
+    """Whether the value is known to be a tensor (and no sequence of some) of float32, float16 or bfloat16 elements."""
+    return value is not None and value.dtype in FLOAT_TYPES and isinstance(value.type, ir.TensorType)
 
 
 def rank(value: ir.Value | None) -> int | None:
@@ -144,8 +144,44 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"{path}: not a readable ONNX model ({first_line(error)}); export it again") from error
     if not model.opset_imports or not model.graph.outputs:
         raise ModelError(f"{path}: not an ONNX model: it declares no opset or no output; export it again")
+    _add_sparse_weights(model, path)
     _check_external_data(model, path)
     return model
+
+
+def _add_sparse_weights(model: ir.Model, path: Path) -> None:
+    """Registers the weights that the file stores as sparse tensors, which onnx_ir does not read, as dense ones."""
+    if not any(_is_undefined(value, model.graph) for node in model.graph for value in node.inputs):
+        return
+    import onnx
+
+    values = {value.name: value for node in model.graph for value in node.inputs if value is not None}
+    for sparse in onnx.load(str(path)).graph.sparse_initializer:
+        if sparse.values.name in values:
+            value = values[sparse.values.name]
+            value.const_value = ir.tensor(_dense(sparse), name=value.name)
+            value.dtype, value.shape = value.const_value.dtype, ir.Shape(sparse.dims)
+            model.graph.register_initializer(value)
+
+
+def _is_undefined(value: ir.Value | None, graph: ir.Graph) -> bool:
+    """Whether nothing in the main graph says what the value is."""
+    if value is None or value.producer() is not None or value.name in graph.initializers:
+        return False
+    return not value.is_graph_input()
+
+
+def _dense(sparse: Any) -> npt.NDArray[Any]:
+    """A SparseTensorProto as an array: coordinates are one linear index each, or one row each."""
+    from onnx import numpy_helper
+
+    indices, values = numpy_helper.to_array(sparse.indices), numpy_helper.to_array(sparse.values)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return dense
 
 
 def _check_external_data(model: ir.Model, path: Path) -> None:

@@ -454,6 +454,8 @@ def _warnings(
         warnings.append("no layer was quantized: the file computes what the float model computes")
     if not comparison.batches:
         return (*warnings, "no data were given: how much the outputs changed is not known")
+    if not comparison.outputs:
+        warnings.append("no output is a tensor: nothing could be compared")
     for output in comparison.outputs:
         if output.nonfinite > output.nonfinite_reference:
             warnings.append(f"output {output.name}: {output.nonfinite} values are not finite")

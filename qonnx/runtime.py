@@ -132,7 +132,7 @@ class Session:
         dtype = self._types[value.name]
         if dtype is None:
             raise ModelError(f"{self._origin}: input {value.name!r} is a {value.type}; only tensors can be fed")
-        if dtype.bitwidth < 8:
+        if dtype is not ir.DataType.STRING and dtype.bitwidth < 8:
             raise ModelError(f"{self._origin}: input {value.name!r} is {value.type}; feed int8 and cast in the graph")
         sizes = tuple(None if isinstance(size, int) and size < 0 else size for size in value.shape)
         return InputSpec(value.name, np.dtype(dtype.numpy()), sizes or None)
@@ -158,6 +158,8 @@ class Session:
         fed = {spec.name: convert(spec.name, feeds[spec.name]) for spec in self.inputs}
         run = self._native.run_with_ort_values if self._raw else self._native.run
         names = list(self.outputs if outputs is None else outputs)
+        if not names:  # ONNX Runtime would return all outputs, those that are no tensors too
+            return {}
         try:
             values = run(names, fed)
         except Exception as error:  # ONNX Runtime's exceptions share no base class

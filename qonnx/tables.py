@@ -89,12 +89,12 @@ def _smoothing(groups: Sequence[GroupReport]) -> list[Text]:
     if len(done) > MOST:
         lines.append(line(f"... and {len(done) - MOST} more"))
     changed = {group.value for group in done}
-    left = [
+    left = dict.fromkeys(  # equalization and smoothing may both say it
         LayerPlan(group.value, "channels", "", "", group.reason)
         for group in groups
         if not group.method and group.value not in changed
-    ]
-    return lines + by_reason(left)
+    )
+    return lines + by_reason(list(left))
 
 
 def _change(before: float | None, after: float | None) -> tuple[str, str]:

@@ -8,8 +8,9 @@ import onnx_ir as ir
 import pytest
 
 import qonnx
-from qonnx.graph import load, save
+from qonnx.graph import FLOAT_REASON, load, save
 from qonnx.inspector import inspect, read_back
+from qonnx.inspector.table import inspection_tables
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.plan import QuantPlan, TensorPlan
 from tests.graphs import model_of
@@ -148,6 +149,24 @@ def test_a_quantized_graph_says_how(folder: Path) -> None:
         ("int8 per axis 1", "int8 per tensor", True),
     ]
     assert found.metadata["qonnx.target"] == "a800"
+    assert found.recipe == "int8"
+    lines = [line.plain for line in inspection_tables(found)]
+    assert any(line.split() == ["recipe", "int8"] for line in lines)
+    assert "3 of 3 layers are quantized" in lines
+    assert {"    first", "    second", "    head"} <= set(lines)
+
+
+def test_the_reason_that_the_file_holds_is_told(folder: Path) -> None:
+    model = load(folder / "model.onnx")
+    model.graph.node("second").metadata_props[FLOAT_REASON] = "because"
+    found = inspect(model)
+    assert [layer.reason for layer in found.layers] == [
+        "nothing is quantized yet",
+        "because",
+        "nothing is quantized yet",
+    ]
+    (row,) = (line.plain for line in inspection_tables(found, each=True) if line.plain.startswith("Conv  16x16x3x3"))
+    assert row.endswith("second: because")
 
 
 @pytest.mark.parametrize(

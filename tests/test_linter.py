@@ -53,7 +53,7 @@ def graph(body: str, extra: str = "", *, x: str = "float[4,64] x", y: str = "", 
     """
     y = y or f"float[{', '.join('abcd'[: x.partition(']')[0].count(',') + 1])}] y"
     model = ir.from_onnx_text(
-        f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1, "com.acme" : 1, "trt" : 1]>'
+        f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1, "com.acme" : 1, "trt" : 1, "ai.onnx.ml" : 1]>'
         f"net ({x}) => ({y}) <{CONSTANTS}{', ' if extra else ''}{extra}> {{ {body} }}"
     )
     rng = np.random.default_rng(0)
@@ -171,6 +171,7 @@ ERROR_CASES = [
     Broken("E9", "node_of_q", graph("q, qs, qz = DynamicQuantizeLinear(x) y = Cast<to=1>(q)"), REFUSED),
     Broken("E9", "product", graph("[product] y = com.microsoft.FusedMatMul(x, wf)"), REFUSED),
     Broken("E9", "count", graph("[count] y = Unique(x)")),
+    Broken("E9", "binary", graph("[binary] y = ai.onnx.ml.Binarizer(x)")),
     Broken(
         "E10",
         "fc",

@@ -326,3 +326,34 @@ def test_files_that_run_although_they_are_not_valid(
     result = qonnx.quantize(float_file, data(), tmp_path / "quantized.onnx")
     assert len(result.plan.quantized_layers) == 2
     assert result.comparison.outputs[0].sqnr_db > 30
+
+
+@pytest.mark.parametrize("linear", [True, False], ids=["linear indices", "coordinates"])
+def test_sparse_weights_are_read(linear: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    dense = rng.standard_normal((32, 16)).astype(np.float32) * (rng.random((32, 16)) < 0.3)
+    model = ir.to_proto(model_of("g (float[n,32] x, float[32,16] w) => (float[n,16] y) { y = MatMul(x, w) }"))
+    del model.graph.input[1]
+    places = np.flatnonzero(dense) if linear else np.argwhere(dense)
+    values = onnx.numpy_helper.from_array(dense[dense != 0], "w")
+    indices = onnx.numpy_helper.from_array(places.astype(np.int64))
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [32, 16]))
+    onnx.save(model, tmp_path / "sparse.onnx")
+    weight = load(tmp_path / "sparse.onnx").graph.initializers["w"].const_value
+    assert weight is not None
+    np.testing.assert_array_equal(weight.numpy(), dense)
+    x = rng.standard_normal((8, 32)).astype(np.float32)
+    result = qonnx.quantize(tmp_path / "sparse.onnx", [{"x": x}] * 4, tmp_path / "q.onnx")
+    assert len(result.plan.quantized_layers) == 1
+    assert result.comparison.outputs[0].sqnr_db > 30
+
+
+def test_an_output_that_is_a_sequence_is_judged_by_what_it_is_made_of(tmp_path: Path) -> None:
+    text = (
+        "g (float[n,32] x, float[32,16] w) => (seq(float[n,?]) y) { a = MatMul(x, w) y = SplitToSequence<axis=1>(a) }"
+    )
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.standard_normal((8, 32)).astype(np.float32)} for _ in range(4)]
+    result = qonnx.quantize(model_of(text, weights="w"), batches, tmp_path / "q.onnx")
+    assert len(result.plan.quantized_layers) == 1
+    assert "no output is a tensor: nothing could be compared" in result.warnings

@@ -99,6 +99,18 @@ def test_sequence_outputs_are_left_out() -> None:
     assert list(opened.run({"x": np.ones(2, np.float32)})) == ["y"]
 
 
+def test_a_graph_without_tensor_outputs_returns_nothing() -> None:
+    opened = open_text("g (float[2] x) => (seq(float[2]) s) { s = SequenceConstruct(x) }")
+    assert opened.outputs == ()
+    assert opened.run({"x": np.ones(2, np.float32)}) == {}
+
+
+def test_strings_are_fed_as_objects() -> None:
+    opened = open_text('g (string[n] x) => (bool[n] y) <string[1] a = {"a"}> { y = Equal(x, a) }', optimize=False)
+    assert opened.inputs[0].dtype == np.dtype(object)
+    np.testing.assert_array_equal(opened.run({"x": np.array(["a", "b"], object)})["y"], [True, False])
+
+
 def test_weights_in_memory_are_lent_and_not_serialized(linear: tuple[ir.Model, np.ndarray[Any, Any]]) -> None:
     model, weight = linear
     skeleton, buffers = runtime._skeleton(model, "g")

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qonnx.cli.shared import (
-    TargetName,
-)
+from qonnx.cli.shared import TargetName, show
 from qonnx.errors import DependencyError, OutputError
 
 
@@ -76,11 +74,7 @@ def inspect(
 
         typer.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    for part in inspection_tables(found, layers):
-        console.print(part)
+    show(inspection_tables(found, layers))
 
 
 def recipes(

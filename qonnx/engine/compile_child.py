@@ -192,7 +192,8 @@ def _logger(trt: Any) -> Any:
                 if "catchCudaError" not in message:  # only says that there is no driver, which is no obstacle
                     self.errors.append(message)
             elif severity == trt.ILogger.Severity.WARNING:
-                self.warnings.append(message)
+                if "has Int64 binding" not in message:  # so it had in the model
+                    self.warnings.append(message)
             elif message.startswith("Layers:"):
                 self.listing += message
 

@@ -84,6 +84,7 @@ class Inspection(msgspec.Struct, frozen=True):
         bytes_by_type: the same by element type.
         layers: in the order of the graph.
         metadata: what the file says about itself.
+        recipe: the name of the recipe that the file says it was made with.
         notes: what could not be read.
     """
 
@@ -98,6 +99,7 @@ class Inspection(msgspec.Struct, frozen=True):
     bytes_by_type: dict[str, int]
     layers: tuple[LayerView, ...]
     metadata: dict[str, str]
+    recipe: str
     notes: tuple[str, ...]
 
     @property
@@ -140,6 +142,7 @@ def inspect(model: str | os.PathLike[str] | ir.Model, *, target: str = "a800") -
         bytes_by_type=dict(by_type.most_common()),
         layers=tuple(view for node in copy.graph if (view := _layer(node, reasons)) is not None),
         metadata=dict(copy.metadata_props),
+        recipe=back.plan.recipe,
         notes=back.notes,
     )
 

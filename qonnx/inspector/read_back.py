@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qonnx.graph import Names, is_initializer
+from qonnx.graph import FLOAT_REASON, Names, is_initializer
 from qonnx.layers import Edge, Layer
 from qonnx.linear import linear_of
 from qonnx.linter.view import Quantizer, quantizer_of, same_parameters
@@ -89,7 +89,9 @@ def _layer(graph: ir.Graph, layer: Layer, edges: set[Edge]) -> LayerPlan:
         wanted = {Edge(layer.node, linear.data_index), Edge(reader.name or "", index)}
     quantized = wanted <= edges or (linear is not None and bool(wanted & edges))
     missing = "not quantized in this file" if edges else "nothing is quantized yet"
-    return LayerPlan(layer.node, layer.op, layer.output, layer.path, "" if quantized else layer.reason or missing)
+    # What the tool wrote down when it left the layer in float, before what its rules would say now.
+    reason = node.metadata_props.get(FLOAT_REASON) or layer.reason or missing
+    return LayerPlan(layer.node, layer.op, layer.output, layer.path, "" if quantized else reason)
 
 
 def _recipe_name(model: ir.Model) -> str:

@@ -232,6 +232,9 @@ def e9_operator(site: Site) -> Finding | None:
     if node.domain in ONNX_DOMAINS and node.op_type in _MISSING_OPS:
         remedy = "quantize in QDQ format" if node.op_type in _INTEGER_OPS else "replace or remove it"
         return site.error("E9", f"TensorRT does not have the operator {node.op_type}", remedy)
+    if node.domain == "ai.onnx.ml":
+        remedy = "compute it outside of the graph, or write it with ONNX operators"
+        return site.error("E9", f"TensorRT has no classical machine learning: {node.op_type} of ai.onnx.ml", remedy)
     if node.domain == "com.microsoft" and node.op_type not in _CONTRIB_OPS:
         message = f"TensorRT does not have ONNX Runtime's operator {node.op_type}"
         remedy = "use ONNX operators: do not optimize the graph for ONNX Runtime before, quantize in QDQ format"
