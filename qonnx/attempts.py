@@ -19,7 +19,8 @@ from qonnx.auto_ranges import best_throughout, least_disturbing
 from qonnx.bias_correction import correct_biases
 from qonnx.calibrators import Auto, Average, MinMax
 from qonnx.comparison import NOTHING_COMPARED, Comparison, ModelSource, compare
-from qonnx.errors import DataError, ModelError
+from qonnx.errors import ModelError
+from qonnx.few_samples import few_samples
 from qonnx.formats import insert
 from qonnx.graph import FLOAT_REASON, first_line, load, parameters, save
 from qonnx.judged import judged_model
@@ -28,9 +29,9 @@ from qonnx.passes.drop_bounds import DropBounds
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, SmoothPlan, make_plan
 from qonnx.ranges import Range, calibrated
-from qonnx.rebatch import Batch, has_batch_axis, rows, together
+from qonnx.rebatch import Batch, rows
 from qonnx.recipe import Recipe
-from qonnx.runtime import input_specs, session, with_outputs
+from qonnx.runtime import with_outputs
 from qonnx.sensitivity import LayerCost, layer_costs, most_costly
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
@@ -134,7 +135,9 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
         if latest.sqnr_db >= goal or job.recipe.goal_sqnr_db <= 0 or not plan.quantized_layers:
             break
         if not costs:
-            costs = layer_costs(judged_model(job.prepared), plan, _few_samples(job.prepared, job.sample, _COST_SAMPLES))
+            costs = layer_costs(
+                judged_model(job.prepared), plan, few_samples(job.prepared, job.sample, _COST_SAMPLES)[0]
+            )
         quantized = {layer.node for layer in plan.quantized_layers}
         remaining = [cost for cost in costs if cost.node in quantized]
         allowed = max(1, len(plan.layers) // _LARGEST_SHARE_LEFT) - len(leave) + len(job.leave)
@@ -194,15 +197,16 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
         return {**calibrated(values, statistics, calibrator, grid, symmetric=symmetric), **job.probabilities}
     tried = [calibrated(values, statistics, each, grid, symmetric=symmetric) for each in calibrator.candidates]
     # Calibration saw the sample, which makes wide ranges look better there than they are: the harmless mistake.
-    batch = _few_samples(job.prepared, [*job.choose, *job.sample], _auto_samples(statistics, job.sample))
+    few = few_samples(job.prepared, [*job.choose, *job.sample], _auto_samples(statistics, job.sample))
+    corrected = job.recipe.correct_biases and len(few) == 1  # the mean of a few rows is all that there is of them
     per_tensor = least_disturbing(
         job.prepared,
         placement,
         tried,
-        batch,
+        few,
         grid,
         symmetric=symmetric,
-        biases_corrected=job.recipe.correct_biases,
+        biases_corrected=corrected,
     )
     tried = [{**each, **job.probabilities} for each in (*tried, per_tensor)]
     # All contestants quantize the edges of the first one; which layers no scale can save is decided once more later.
@@ -212,7 +216,10 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
     plans = [make_plan(job.prepared, statistics, each, recipe, job.target, leave) for each in tried]
     kinds = [isinstance(candidate, Average) for candidate in calibrator.candidates]
     usual = kinds.index(True) if any(kinds) else 0
-    return tried[best_throughout(judged_model(job.prepared), plans, batch, usual=usual, margin_db=_AUTO_MARGIN_DB)]
+    best = best_throughout(
+        judged_model(job.prepared), plans, few, biases_corrected=corrected, usual=usual, margin_db=_AUTO_MARGIN_DB
+    )
+    return tried[best]
 
 
 def _auto_samples(statistics: Statistics, sample: Sequence[Batch]) -> int:
@@ -233,18 +240,6 @@ def _as_ruled(job: Job, statistics: Statistics, ranges: dict[str, Range]) -> dic
             own = [value for value in values if value not in placement.probabilities]
             ranges = {**ranges, **calibrated(own, statistics, calibrator, dtype, symmetric=job.target.symmetric)}
     return ranges
-
-
-def _few_samples(model: ir.Model, batches: Sequence[Batch], count: int) -> Batch:
-    """The first samples of some batches; the first batch where samples cannot be told apart."""
-    if not all(has_batch_axis(batch, input_specs(model)) for batch in batches):
-        return batches[0]
-    few = together(batches, count)
-    try:
-        session(model).run(few)
-    except DataError:  # the first axis is no batch: nodes of a graph, rows that are grouped later
-        return batches[0]
-    return few
 
 
 def _check_valid(model: ir.Model, file: Path) -> None:

@@ -33,6 +33,7 @@ from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.placement import Placement
 from qonnx.plan import QuantPlan
 from qonnx.ranges import Range
+from qonnx.rebatch import Batch
 from qonnx.runtime import session
 
 # From this opset on reductions take their axes as an input.
@@ -48,7 +49,7 @@ def least_disturbing(
     model: ir.Model,
     placement: Placement,
     candidates: Sequence[Mapping[str, Range]],
-    batch: Mapping[str, npt.NDArray[Any]],
+    batches: Sequence[Batch],
     dtype: Dtype,
     *,
     symmetric: bool,
@@ -60,7 +61,7 @@ def least_disturbing(
         model: the prepared float model; it is not changed.
         placement: which layers read which values.
         candidates: one mapping from value to range per calibrator.
-        batch: inputs to measure on.
+        batches: inputs to measure on, at least one.
         dtype: the type of the codes.
         symmetric: whether 0 is in the middle of the grid.
         biases_corrected: whether a constant error per channel will be corrected.
@@ -79,8 +80,8 @@ def least_disturbing(
     for row, candidate in enumerate(candidates):
         ends = np.array([candidate[value][:2] for value in values], np.float32)
         scale, zero_point = scale_and_zero_point(ends[:, 0], ends[:, 1], dtype, symmetric=symmetric)
-        results = runner.run({**batch, graph.scales: scale, graph.zero_points: zero_point})
-        errors[row] = graph.relative_errors(results, len(values))
+        fed = {graph.scales: scale, graph.zero_points: zero_point}
+        errors[row] = sum(graph.relative_errors(runner.run({**batch, **fed}), len(values)) for batch in batches)
     for column, value in enumerate(values):
         if np.isfinite(errors[:, column]).all():
             low, high, source = candidates[int(errors[:, column].argmin())][value]
@@ -221,24 +222,26 @@ class _Shadows:
 def best_throughout(
     model: ir.Model,
     plans: Sequence[QuantPlan],
-    batch: Mapping[str, npt.NDArray[Any]],
+    batches: Sequence[Batch],
     *,
+    biases_corrected: bool = True,
     usual: int = 0,
     margin_db: float = 0.0,
 ) -> int:
-    """Which of several plans keeps the outputs best, measured on one batch with biases corrected.
+    """Which of several plans keeps the outputs best.
 
     Args:
         model: the prepared float model; it is not changed.
         plans: without bias corrections; they quantize the same edges and differ in the scales of activations only.
-        batch: inputs to measure on.
+        batches: inputs to measure on, at least one.
+        biases_corrected: whether biases are corrected in each batch.
         usual: the index of the plan that is taken when no other is better by more than `margin_db`.
         margin_db: see `usual`.
 
     Returns:
         The index of the plan; `usual` when no output can be compared.
     """
-    both = side_by_side(model, plans[0], bias_edges(model, plans[0]))
+    both = side_by_side(model, plans[0], bias_edges(model, plans[0]) if biases_corrected else {})
     graph = both.model.graph
     graph.outputs.clear()
     pairs = []
@@ -261,8 +264,13 @@ def best_throughout(
             scale, zero_point, kind = fed[tensor.value]
             scales[scale] = np.array(tensor.scale[0], kind)
             scales[zero_point] = np.array((tensor.zero_point or (0,))[0]).astype(tensor.dtype.numpy)
-        results = runner.run({**batch, **scales})
-        ratios = [difference(name, results[name], results[twin]).sqnr_db for name, twin in pairs]
+        results = [runner.run({**batch, **scales}) for batch in batches]
+        ratios = [
+            difference(
+                name, *(np.concatenate([each[key].reshape(-1) for each in results]) for key in (name, twin))
+            ).sqnr_db
+            for name, twin in pairs
+        ]
         worst.append(min((ratio for ratio in ratios if not np.isnan(ratio)), default=-np.inf))
     best = int(np.argmax(worst))
     return best if worst[best] > worst[usual] + margin_db else usual

@@ -53,7 +53,8 @@ def graph(body: str, extra: str = "", *, x: str = "float[4,64] x", y: str = "", 
     """
     y = y or f"float[{', '.join('abcd'[: x.partition(']')[0].count(',') + 1])}] y"
     model = ir.from_onnx_text(
-        f'<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1, "com.acme" : 1, "trt" : 1, "ai.onnx.ml" : 1]>'
+        f'<ir_version: 10, opset_import: ["" : {opset}, '
+        '"ai.onnx.ml" : 1, "com.microsoft" : 1, "com.acme" : 1, "trt" : 1]>'
         f"net ({x}) => ({y}) <{CONSTANTS}{', ' if extra else ''}{extra}> {{ {body} }}"
     )
     rng = np.random.default_rng(0)

@@ -337,7 +337,7 @@ def test_sparse_weights_are_read(linear: bool, tmp_path: Path) -> None:
     places = np.flatnonzero(dense) if linear else np.argwhere(dense)
     values = onnx.numpy_helper.from_array(dense[dense != 0], "w")
     indices = onnx.numpy_helper.from_array(places.astype(np.int64))
-    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [32, 16]))
+    model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=values, indices=indices, dims=[32, 16]))
     onnx.save(model, tmp_path / "sparse.onnx")
     weight = load(tmp_path / "sparse.onnx").graph.initializers["w"].const_value
     assert weight is not None
