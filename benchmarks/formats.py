@@ -69,16 +69,19 @@ def measure(name: str, console: Console) -> None:
         table.add_row("", "float", f"{_metric(reference)} ± {reference.standard_error:.2f}")
         batches = BATCHES.get(name, 12)
         data = list(itertools.islice(model.calibration(batches=batches), batches))
-        for row, cells in _rows(name, model, source, reference, data):
+        reasons: list[str] = []
+        for row, cells, plan in _rows(name, model, source, reference, data):
             settings = f" {' '.join(row.settings)}" if row.settings else ""
             table.add_row(row.target, row.recipe + settings, *cells)
             print(name, row.target, row.recipe + settings, *cells, file=sys.stderr, flush=True)  # it takes minutes
-    console.print(table)
+            if plan is not None and not plan.quantized_layers:
+                reasons.append(f"{row.target} {row.recipe}, all in float: {plan.layers[0].reason}")
+    console.print(table, *reasons, sep="\n")
 
 
 def _rows(
     name: str, model: ModuleType, source: Path, reference: Evaluation, data: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[Row, tuple[str, ...]]]:
+) -> Iterator[tuple[Row, tuple[str, ...], QuantPlan | None]]:
     plans: dict[str, QuantPlan] = {}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "quantized.onnx"
@@ -92,7 +95,7 @@ def _rows(
                     source, data, output, recipe=recipe, target=target, settings=settings, plan=given
                 )
             except QonnxError as error:
-                yield row, (f"{type(error).__name__}: {error}",)
+                yield row, (f"{type(error).__name__}: {error}",), None
                 continue
             if recipe == "int8":
                 plans[target] = result.plan
@@ -108,6 +111,7 @@ def _rows(
                     f"{result.quantized_bytes / max(result.float_bytes, 1):.0%}",
                     f"{seconds:.0f}",
                 ),
+                result.plan,
             )
 
 

@@ -42,7 +42,9 @@ def with_codes_fed(model: ir.Model, values: list[ir.Value]) -> None:
             model.graph.outputs.append(value)
 
 
-@pytest.mark.parametrize("name", ["residual", pytest.param("mobilenet", marks=pytest.mark.models)])
+@pytest.mark.parametrize(
+    "name", ["residual", *(pytest.param(name, marks=pytest.mark.models) for name in ("mobilenet", "minilm"))]
+)
 def test_codes_differ_by_one_step_at_most(name: str, tmp_path: Path) -> None:
     model = importlib.import_module(f"models.{name}")
     example = model.build()
