@@ -50,8 +50,6 @@ class InsertDynamic(ir.passes.InPlacePass):
 
 
 def _dynamic(write: Writer, value: ir.Value, plan: TensorPlan) -> Integers:
-    if value.dtype not in (None, ir.DataType.FLOAT):
-        value = write.add("Cast", [value], ir.DataType.FLOAT, value.shape, {"to": ir.DataType.FLOAT})
     codes, scale, zero_point = write.add_many(
         "DynamicQuantizeLinear",
         [value],

@@ -65,16 +65,14 @@ def _rows(write: Writer, value: ir.Value, plan: TensorPlan) -> Integers:
     assert isinstance(plan.granularity, Blocked)
     size = rank(value)
     if size is None or value.shape is None:
-        raise TargetError(f"activation {value.name!r}: its rank is not known; infer shapes, or use format dynamic")
+        raise TargetError(f"activation {plan.value!r}: its rank is not known; infer shapes, or use format dynamic")
     axis = plan.granularity.axis % size
     length = value.shape[axis]
     if isinstance(length, int) and plan.granularity.block_size < length:
         raise TargetError(
-            f"activation {value.name!r}: blocks of {plan.granularity.block_size} along an axis of {length} cannot be "
+            f"activation {plan.value!r}: blocks of {plan.granularity.block_size} along an axis of {length} cannot be "
             f"summed by one MatMulInteger; use block_size {length}"
         )
-    if value.dtype not in (None, ir.DataType.FLOAT):
-        value = write.add("Cast", [value], ir.DataType.FLOAT, value.shape, {"to": ir.DataType.FLOAT})
     scale = _row_scale(write, value, axis)
     one = write.constant(np.array(1, np.float32), f"{value.name}_one")
     middle = write.constant(np.array(128, np.uint8), f"{value.name}_zero_point")

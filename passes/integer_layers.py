@@ -27,7 +27,7 @@ def insert_on_integers(model: ir.Model, plan: QuantPlan, origin: str, measure: M
         model: is changed.
         plan: activations without a scale are the dynamic ones.
         origin: the name of the pass.
-        measure: writes the nodes that quantize one tensor at run time.
+        measure: writes the nodes that quantize one tensor, in float32, at run time.
         opset: what those nodes need.
 
     Returns:
@@ -49,7 +49,10 @@ def insert_on_integers(model: ir.Model, plan: QuantPlan, origin: str, measure: M
     measured: dict[Edge, Integers] = {}
     for tensor in dynamic:
         value, first = _value(nodes, tensor)
-        integers = measure(Writer(names, first, origin, stem=tensor.value), value, tensor)
+        write = Writer(names, first, origin, stem=tensor.value)
+        if value.dtype not in (None, ir.DataType.FLOAT):
+            value = write.add("Cast", [value], ir.DataType.FLOAT, value.shape, {"to": ir.DataType.FLOAT})
+        integers = measure(write, value, tensor)
         measured.update(dict.fromkeys(tensor.edges, integers))
     for name, node in nodes.items():
         edges = [Edge(name, index) for index in (0, 1)]
