@@ -113,13 +113,14 @@ def calibrate(
     data: Any = None,
     *,
     target: str = "a800",
+    recipe: str | os.PathLike[str] | Recipe = "int8",
     max_batches: int | None = None,
     device: str = "cpu",
     resume: StatisticsSource | None = None,
     merge: Sequence[StatisticsSource] = (),
     progress: Report | None = None,
 ) -> Statistics:
-    """Observes every tensor that any recipe for the target could want to quantize, in one pass over the data.
+    """Observes every tensor that recipes for the target want to quantize, in one pass over the data.
 
     Ctrl-C raises `qonnx.observation.Interrupted`, which holds what was measured until then: give that as `resume`, and
     the result is what one run would have given.
@@ -128,6 +129,7 @@ def calibrate(
         model: path of a float ONNX model, or the model itself (it is not changed).
         data: see `qonnx.data.batches`; None to merge only.
         target: what the quantized graph will be made for.
+        recipe: one that wants more tensors than others do: results of products, or residuals.
         max_batches: stop after this many batches.
         device: where the float model runs: cpu or cuda.
         resume: what an interrupted run over the same data measured; its batches are skipped.
@@ -141,8 +143,11 @@ def calibrate(
     """
     on = _device(device)
     prepared, _, mark = _prepared(model)
-    placement = place(prepared, Recipe(), find_target(target))
-    values = candidates(placement)
+    consumer = find_target(target)
+    chosen = resolve(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), consumer)
+    placements = [place(prepared, each, consumer) for each in (Recipe(), chosen)]
+    values = tuple(dict.fromkeys(name for placement in placements for name in candidates(placement)))
+    probabilities = frozenset[str]().union(*(placement.probabilities for placement in placements))
     others = [_fitting(source, values, mark) for source in merge]
     total = Statistics({}, model=mark) if resume is None else _fitting(resume, values, mark)
     if data is not None:
@@ -151,7 +156,7 @@ def calibrate(
             prepared,
             values,
             _stream(prepared, data, max_batches),
-            distributions=[value for value in values if value not in placement.probabilities],
+            distributions=[value for value in values if value not in probabilities],
             device=on,
             earlier=total,
             total=None if expected is None else len(expected),
@@ -381,7 +386,7 @@ def _fitting(source: StatisticsSource, values: Sequence[str], mark: str) -> Stat
     if missing:
         raise DataError(
             f"{what} do not hold {missing[0]!r} ({len(missing)} tensors are missing): they were measured on "
-            "another model or for another target; calibrate again, or give the data to a recipe that wants more tensors"
+            "another model or for another target, or the recipe wants more tensors than most do: calibrate with it"
         )
     return statistics
 

@@ -216,3 +216,26 @@ def test_statistics_that_do_not_fit_are_refused(
 def test_nothing_to_calibrate_on() -> None:
     with pytest.raises(DataError, match="give data, or statistics to merge"):
         qonnx.calibrate(made())
+
+
+def test_recipes_that_want_more_tensors_say_so_when_they_are_calibrated(tmp_path: Path) -> None:
+    """Results of products and residuals, which others do not quantize: these statistics serve all recipes."""
+    text = (
+        "g (float[n,4,32] x, float[32,64] w, float[64] b, float[64,32] w2) => (float[n,4,32] y) "
+        "{ m = MatMul(x, w) a = Add(m, b) r = Relu(a) h = MatMul(r, w2) y = Add(h, x) }"
+    )
+    model, rng = model_of(text, weights="w b w2", scale=0.2), np.random.default_rng(0)
+    batches = [{"x": rng.standard_normal((8, 4, 32)).astype(np.float32)} for _ in range(8)]
+    usual = qonnx.calibrate(model, batches)
+    with pytest.raises(DataError, match="the recipe wants more tensors than most do: calibrate with it"):
+        qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe="bert-int8-mode2", statistics=usual)
+    more = qonnx.calibrate(model, batches, recipe="bert-int8-mode2")
+    assert more.tensors.keys() > usual.tensors.keys()
+    for recipe in ("bert-int8-mode2", "int8-unsmoothed"):
+        measured, again = (
+            qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe=recipe, statistics=each) for each in (more, None)
+        )
+        assert [tensor.value for tensor in measured.plan.activations] == [
+            tensor.value for tensor in again.plan.activations
+        ]
+        assert abs(measured.comparison.outputs[0].sqnr_db - again.comparison.outputs[0].sqnr_db) < 1

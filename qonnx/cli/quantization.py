@@ -62,6 +62,9 @@ def calibrate(
     ],
     data: Annotated[Path | None, DATA_OPTION] = None,
     target: TargetName = "a800",
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="A recipe that wants more tensors than others, such as residuals.")
+    ] = "int8",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where the same command was stopped, by Ctrl-C for example.")
     ] = False,
@@ -112,6 +115,7 @@ def calibrate(
                     model,
                     data,
                     target=target,
+                    recipe=recipe,
                     max_batches=max_batches,
                     device=device,
                     resume=partial if resume else None,
