@@ -1,9 +1,9 @@
 """One normal form for any float graph, computing the same function.
 
 Afterwards every constant of the main graph is an initializer, functions are inlined, what depends on constants alone is
-folded, BatchNormalization is part of the weights where it can be, matrix products are MatMul and not Einsum,
-normalisations and Gelu are single nodes where the opset has them, every node has a unique name, and types and shapes
-are known as far as they can be. The names and types of inputs and outputs stay.
+folded, fused operators of ONNX Runtime are written out, BatchNormalization is part of the weights where it can be,
+matrix products are MatMul and not Einsum, normalisations and Gelu are single nodes where the opset has them, every node
+has a unique name, and types and shapes are known as far as they can be. The names and types of inputs and outputs stay.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveU
 
 from qonnx.errors import ModelError
 from qonnx.graph import all_graphs, first_line, is_float
+from qonnx.passes.expand_fused import EXPANDED_OPSET, FUSED_OPERATORS, ExpandFused, fused_nodes
 from qonnx.passes.fold_batchnorm import FoldBatchNorm
 from qonnx.passes.fold_constants import FoldConstants
 from qonnx.passes.fuse_gelu import FuseGelu
@@ -52,6 +53,7 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
     NameNodes()(model)
     _attempt(InferShapes(), model, notes)
     _fold(model, notes)
+    notes += _expand(model)
     if _raise_opset(model, minimum_opset, fuse, notes):
         _attempt(InferShapes(), model, notes)
         _attempt(FoldConstants(), model, notes)
@@ -155,6 +157,24 @@ def _inline(model: ir.Model) -> Iterator[str]:
         yield f"inlined {before - len(model.functions)} functions"
     for function in model.functions.values():
         yield f"function {function.name} stays, in float: it is written for another opset than the model"
+
+
+def _expand(model: ir.Model) -> Iterator[str]:
+    """Writes ONNX Runtime's fused operators in those of ONNX; what ranks are not known before takes another round."""
+    if not fused_nodes(model):
+        return
+    before = _operators(model)
+    try:
+        RaiseOpset(EXPANDED_OPSET)(model)
+        InferShapes()(model)
+        while ExpandFused()(model).modified:
+            NameNodes()(model)
+            InferShapes()(model)
+            FoldConstants()(model)
+    except ModelError as error:
+        yield f"{error}; operators of ONNX Runtime stay"
+    made = Counter({op: count for op, count in (before - _operators(model)).items() if op in FUSED_OPERATORS})
+    yield from _listed("wrote", made, "of ONNX Runtime in operators of ONNX")
 
 
 def _raise_opset(model: ir.Model, minimum: int, fuse: bool, notes: list[str]) -> bool:
