@@ -517,6 +517,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def test_a_mixture_of_experts_is_exported(tmp_path: Path) -> None:
+    transformers: Any = importlib.import_module("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=2, vocab_size=20)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    model = ir.load(export_from(str(tmp_path / "experts"), tmp_path / "model.onnx"))
+    assert [value.name for value in model.graph.outputs] == ["logits"]
+
+
 def test_a_hugging_face_directory_is_exported(bert: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = export_from(str(bert), tmp_path / "bert.onnx")
     assert capfd.readouterr() == ("", "")
@@ -539,6 +548,22 @@ def test_example_inputs_follow_the_configuration(tmp_path: Path) -> None:
     assert isinstance(args, dict)
     assert {name: tuple(value.shape) for name, value in args.items()} == {"pixel_values": (2, 3, 8, 16)}
     assert dynamic_shapes == {"pixel_values": {0: "batch"}}
+
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    tokens = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"], 1)
+    config = transformers.WhisperConfig(
+        **sizes, **heads, **tokens, vocab_size=20, num_mel_bins=4, max_source_positions=6
+    )
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path / "speech")
+    _, args, dynamic_shapes = load_huggingface(tmp_path / "speech")
+    assert isinstance(args, dict)
+    assert {name: tuple(value.shape) for name, value in args.items()} == {
+        "input_features": (2, 4, 12),
+        "decoder_input_ids": (2, 8),
+    }
+    assert dynamic_shapes is not None
+    assert dynamic_shapes["input_features"] == {0: "batch"}
 
     config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     transformers.T5ForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "text")

@@ -88,7 +88,8 @@ def load_huggingface(directory: str | os.PathLike[str]) -> Source:
 
     Text models get `input_ids`, `attention_mask` (one row padded) and, if they tell segments apart, `token_type_ids`;
     batch and sequence are dynamic. Image models get `pixel_values`; the batch is dynamic. Audio models get
-    `input_values`; batch and samples are dynamic.
+    `input_values`; batch and samples are dynamic. Those that read a spectrogram of a fixed length, as Whisper does, get
+    `input_features`; the batch is dynamic. Encoders with a decoder get `decoder_input_ids`, too.
 
     Raises:
         ExportError: the directory holds no model that transformers can load, weights are missing, or the model takes
@@ -134,6 +135,7 @@ def _load_weights(transformers: Any, config: Any, directory: Path) -> tuple[torc
         raise ExportError(f"{directory}: transformers has no class {architecture!r}; load it in a factory")
     if hasattr(config, "use_cache"):
         config.use_cache = False  # past keys and values are for generation, step by step
+    config.get_text_config()._experts_implementation = "batched_mm"  # the usual one is no operator of ONNX
     module, info = kind.from_pretrained(
         directory,
         config=config,
@@ -155,6 +157,10 @@ def _example(module: torch.nn.Module, config: Any, directory: Path) -> tuple[dic
         inputs["pixel_values"] = _image(config)
     if "input_values" in accepted:
         inputs["input_values"] = _noise(BATCH, SAMPLES)
+    if "input_features" in accepted and hasattr(config, "max_source_positions"):
+        inputs["input_features"] = _noise(BATCH, config.num_mel_bins, 2 * config.max_source_positions)  # halved inside
+        if "input_ids" not in accepted and getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = _text(config)["decoder_input_ids"]
     inputs = {name: value for name, value in inputs.items() if name in accepted}
     if not inputs:
         main = getattr(module, "main_input_name", "unknown inputs")
