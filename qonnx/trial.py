@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -17,11 +18,14 @@ from qonnx.observation import observe
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, make_plan
 from qonnx.ranges import Range, calibrated
-from qonnx.rebatch import Batch
+from qonnx.rebatch import Batch, rows
 from qonnx.recipe import Format, Recipe
 from qonnx.runtime import session
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
+
+# Samples that the means of layers are taken from: a trial is only compared with others.
+_SAMPLES = 32
 
 
 def activation_dtype(recipe: Recipe) -> Dtype:
@@ -55,7 +59,13 @@ def trial_plan(
     values = [value for value in candidates(draft) if value not in draft.probabilities]
     ranges = calibrated(values, observed, Average(), activation_dtype(recipe), symmetric=target.symmetric)
     plan = make_plan(model, observed, {**ranges, **(known or {})}, recipe, target)
-    return correct_biases(model, plan, sample) if recipe.correct_biases else plan
+    return correct_biases(model, plan, _few(sample)) if recipe.correct_biases else plan
+
+
+def _few(sample: Sequence[Batch]) -> Sequence[Batch]:
+    """The first batches with enough samples between them."""
+    samples = itertools.accumulate(map(rows, sample))
+    return sample[: 1 + next((number for number, count in enumerate(samples) if count >= _SAMPLES), len(sample))]
 
 
 def outputs_keep(model: ir.Model, plan: QuantPlan, choose: Sequence[Batch]) -> float:
