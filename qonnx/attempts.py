@@ -47,11 +47,12 @@ _GOAL_MARGIN_DB = 0.25
 _COST_SAMPLES = 4
 
 # How many samples the automatic choice of ranges is made on: at least so many, and more as long as they have no more
-# activations than this in all. And what a choice must gain over `average`: on few samples the best of many is best by
-# chance.
+# activations than this in all; fewer where these alone would fill the memory. And what a choice must gain over
+# `average`: on few samples the best of many is best by chance.
 _AUTO_SAMPLES = 16
 _AUTO_ELEMENTS = 1 << 24
 _MOST_AUTO_SAMPLES = 1024
+_MOST_AUTO_ELEMENTS = 1 << 27
 _AUTO_MARGIN_DB = 0.5
 
 
@@ -225,8 +226,9 @@ def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:
 def _auto_samples(statistics: Statistics, sample: Sequence[Batch]) -> int:
     """How many samples the choice of ranges is made on."""
     elements = sum(tensor.count for tensor in statistics.tensors.values()) / max(statistics.batches, 1)
-    per_sample = elements / (sum(map(rows, sample)) / max(len(sample), 1) or 1)
-    return min(max(_AUTO_SAMPLES, int(_AUTO_ELEMENTS / max(per_sample, 1))), _MOST_AUTO_SAMPLES)
+    per_sample = max(elements / (sum(map(rows, sample)) / max(len(sample), 1) or 1), 1)
+    wanted = min(max(_AUTO_SAMPLES, int(_AUTO_ELEMENTS / per_sample)), _MOST_AUTO_SAMPLES)
+    return max(1, min(wanted, int(_MOST_AUTO_ELEMENTS / per_sample)))
 
 
 def _as_ruled(job: Job, statistics: Statistics, ranges: dict[str, Range]) -> dict[str, Range]:

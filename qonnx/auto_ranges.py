@@ -6,8 +6,9 @@ activation function,
     sum (f(Q(x)) - f(x) - mean)^2 / sum f(x)^2        summed over the layers that read x
 
 on a batch that calibration did not see. The mean per output channel is left out where the layer's bias takes it up
-later. All layers are measured in the same run: beside each stands a copy that reads the rounded tensor, and the scales
-are inputs of the graph, so that one session serves every candidate: one pass each.
+later, and no token counts more than `qonnx.group_error.loudness` lets it. All layers are measured in the same run:
+beside each stands a copy that reads the rounded tensor, and the scales are inputs of the graph, so that one session
+serves every candidate: one pass each.
 
 That is not the last word. Rounding errors of single elements average out on the way through a network, but an outlier
 that is cut off is missing everywhere. So the choice per tensor competes with each calibrator used throughout, and the
@@ -27,6 +28,7 @@ import onnx_ir as ir
 from qonnx.bias_correction import SideBySide, bias_edges, side_by_side
 from qonnx.comparison import difference
 from qonnx.graph import Names, is_initializer, rank
+from qonnx.group_error import loudness
 from qonnx.linear import linear_of
 from qonnx.numerics import Dtype, scale_and_zero_point
 from qonnx.passes.insert_qdq import InsertQDQ
@@ -37,7 +39,7 @@ from qonnx.rebatch import Batch
 from qonnx.runtime import session
 
 # From this opset on reductions take their axes as an input.
-_REDUCE_MEAN_AXES_INPUT = 18
+_AXES_ARE_AN_INPUT = 18
 
 # What belongs to a layer behind its product.
 _BEHIND_A_LAYER = frozenset({"Add", "Relu", "Clip", "LeakyRelu", "Gelu", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid"})
@@ -101,7 +103,7 @@ class _Shadows:
         scales: name of the input [values] of scales.
         zero_points: name of the input [values] of zero points.
         errors: for every copy the number of the value it rounds, the output that holds its squared error, and the
-            output that holds the squared result of its layer.
+            output that holds the squared result of its layer; of a matrix product with a weight both for each row.
     """
 
     def __init__(
@@ -134,7 +136,10 @@ class _Shadows:
         """[values] the error of every value over the layers that read it; nan where none does."""
         total = np.full(values, np.nan)
         for number, error, energy in self.errors:
-            share = float(results[error]) / max(float(results[energy]), 1e-30)
+            power = results[energy].astype(np.float64).reshape(-1)
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is no candidate
+                rows = loudness(power)
+                share = float(rows @ results[error].reshape(-1)) / max(float(rows @ power), 1e-30)
             total[number] = share if np.isnan(total[number]) else total[number] + share
         return total
 
@@ -164,9 +169,12 @@ class _Shadows:
         linear = linear_of(node)
         if self._biases_corrected and linear is not None and dimensions and (linear.bias or node.op_type != "MatMul"):
             channel = 1 if node.op_type in ("Conv", "ConvTranspose") else dimensions - 1
-            error = self._add("Sub", [error, self._mean(error, [a for a in range(dimensions) if a != channel])])
-        energy = self._add("ReduceSumSquare", [self._float(original)], keepdims=0)
-        squared = self._add("ReduceSumSquare", [error], keepdims=0)
+            mean = self._reduce("ReduceMean", error, [axis for axis in range(dimensions) if axis != channel], 1)
+            error = self._add("Sub", [error, mean])
+        by_row = linear is not None and node.op_type in ("MatMul", "Gemm") and dimensions
+        axes = [dimensions - 1] if by_row and dimensions else list(range(dimensions or 0))
+        energy = self._reduce("ReduceSumSquare", self._float(original), axes, 0)
+        squared = self._reduce("ReduceSumSquare", error, axes, 0)
         for output in (squared, energy):
             output.type = ir.TensorType(ir.DataType.FLOAT)
             self._graph.outputs.append(output)
@@ -192,10 +200,11 @@ class _Shadows:
             result, original = copy.outputs[0], reader.outputs[0]
         return result, original
 
-    def _mean(self, value: ir.Value, axes: list[int]) -> ir.Value:
-        if self._opset < _REDUCE_MEAN_AXES_INPUT:
-            return self._add("ReduceMean", [value], axes=axes, keepdims=1)
-        return self._add("ReduceMean", [value, self._constant(np.array(axes, np.int64))], keepdims=1)
+    def _reduce(self, op: str, value: ir.Value, axes: list[int], keepdims: int) -> ir.Value:
+        """A reduction over some axes; over all where none is given."""
+        if not axes or self._opset < _AXES_ARE_AN_INPUT:
+            return self._add(op, [value], keepdims=keepdims, **({"axes": axes} if axes else {}))
+        return self._add(op, [value, self._constant(np.array(axes, np.int64))], keepdims=keepdims)
 
     def _float(self, value: ir.Value) -> ir.Value:
         return self._add("Cast", [value], to=int(ir.DataType.FLOAT))

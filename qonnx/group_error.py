@@ -173,7 +173,9 @@ class GroupError:
         ours = index != FOREIGN
         low = np.where(ours, ranges.low[index], x.min(axis=0)).astype(np.float32)
         high = np.where(ours, ranges.high[index], x.max(axis=0)).astype(np.float32)
-        rows = _loudness(y) if linear.node.op_type in ("MatMul", "Gemm") else np.ones((len(x), 1), np.float32)
+        rows = np.ones((len(x), 1), np.float32)
+        if linear.node.op_type in ("MatMul", "Gemm"):
+            rows = loudness(np.einsum("gto,gto->t", y, y, dtype=np.float64)).astype(np.float32)[:, None]
         return _Layer(x, y, low, high, weight, whole, index, rows, self._power(y, rows) or 1.0)
 
     @property
@@ -217,11 +219,14 @@ class GroupError:
         return rounded.reshape(*weight.shape[1:3], weight.shape[0], weight.shape[3]).transpose(2, 0, 1, 3)
 
 
-def _loudness(y: Array) -> Array:
-    """[tokens, 1] what brings the power of each row of y [groups, tokens, outputs] down to `_LOUDEST` medians."""
-    power = np.einsum("gto,gto->t", y, y, dtype=np.float64)
+def loudness(power: Vector) -> Vector:
+    """[tokens] what brings the power of each token down to `_LOUDEST` medians.
+
+    >>> loudness(np.array([1.0, 2.0, 3.0, 64.0]))
+    array([1.   , 1.   , 1.   , 0.625])
+    """
     limit = _LOUDEST * (float(np.median(power)) or float(power.mean()))
-    return np.asarray(limit / np.maximum(power, limit) if limit else np.ones_like(power), np.float32)[:, None]
+    return np.asarray(limit / np.maximum(power, limit) if limit else np.ones_like(power))
 
 
 def _columns(weight: Array) -> Array:

@@ -53,6 +53,9 @@ _WORTH_NODES_DB = 1.0
 # the widest were: their extremes must be known. So many rows (tokens, pixels) of a tensor are enough.
 _FEWEST_ROWS = 512
 
+# How many rows that these extremes are not taken from are enough to choose on; where there are fewer, all rows serve.
+_FEWEST_ROWS_TO_CHOOSE_ON = 256
+
 # Methods that are kept where the outputs gain by them.
 AUTOMATIC = (AutoSmoothing, AutoEqualization)
 
@@ -183,7 +186,7 @@ def _next(
         reports = decide(groups, AutoSmoothing(), Statistics({}), {}, _quantizers(recipe, target))[1]
         reason = reports[0].reason if reports else "no quantized layer reads channels"
         return before.unchanged(method, _told(reports, groups), f"nothing can be {verb}: {reason}")
-    found = _find(model, method, draft, groups, _quantizers(recipe, target), sample)
+    found = _find(model, method, draft, groups, _quantizers(recipe, target), sample, choose)
     if not found.plans:
         return before.unchanged(method, found.reports, f"not {verb}: no group of channels gains by it")
     changed = apply(model, found.plans)
@@ -224,7 +227,7 @@ def _with_nodes(
         before = replace(before, keeps_db=keeps)
     if keeps >= (recipe.goal_sqnr_db or Recipe().goal_sqnr_db):  # 0 is no goal: it only leaves no layer in float
         return before
-    found = _find(model, method, draft, groups, _quantizers(recipe, target), sample)
+    found = _find(model, method, draft, groups, _quantizers(recipe, target), sample, choose)
     if not found.nodes:
         return before
     changed = apply(model, found.plans)
@@ -301,13 +304,20 @@ def _find(
     groups: Sequence[SmoothGroup],
     quantizers: Quantizers,
     sample: Sequence[Batch],
+    choose: Sequence[Batch],
 ) -> _Found:
-    """Measures the channels of groups and decides what to do with each."""
+    """Measures the channels of groups on a sample and decides on other rows what to do with each.
+
+    Every channel of the sample ends where its own elements do. Were the error measured there too, it would be least
+    where all channels are equally wide; other data stick out of each then.
+    """
     look, quantized = Look.of(method), _quantized(draft)
     axes = channel_axes(groups)
     statistics = observe(model, [*dict.fromkeys([*axes, *candidates(draft)])], sample, channel_axes=axes)
-    samples = collect_inputs(model, groups, sample)
     seen = {group.value: _rows_seen(group, statistics) for group in groups if not group.reason}
+    samples = collect_inputs(model, groups, choose)
+    if min(map(len, samples.values()), default=0) < _FEWEST_ROWS_TO_CHOOSE_ON:
+        samples = collect_inputs(model, groups, sample)
     leave = _little_known(seen) if isinstance(method, AUTOMATIC) else {}
     splits: dict[str, Split] = {}
     if isinstance(method, Equalization):
