@@ -2,8 +2,9 @@
 
     python -m benchmarks.accuracy [minilm] [mobilenet] [ocr]
 
-One pass over the calibration data serves all rows but the last. No layer is left in float to rescue the result: the rows show
-the calibrators and nothing else. The last row is what `qonnx quantize` does when it is given no option at all.
+One pass over the calibration data serves the rows of calibrators. No layer is left in float to rescue the result: they
+show the calibrators and nothing else. Two rows are for weights with one scale, as they are and with channels that are
+equally wide. The last row is what `qonnx quantize` does when it is given no option at all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.table import Table
 
 import qonnx
 from qonnx.runtime import session
+from qonnx.statistics import Statistics
 
 MODELS = ("mobilenet", "minilm", "ocr")
 BATCHES = 16
@@ -37,6 +39,12 @@ ROWS = {
     "entropy": ["activations.calibrator.kind=entropy"],
     "mse": ["activations.calibrator.kind=mse"],
     "auto": ["activations.calibrator.kind=auto"],
+}
+# These observe again: equalization changes what there is to observe.
+ONE_SCALE = ["weights.granularity.kind=per_tensor", "smooth.kind=none"]
+WEIGHT_ROWS = {
+    "one scale per weight": [*ONE_SCALE, "equalize.kind=none"],
+    "one scale per weight, equalized": [*ONE_SCALE, "equalize.kind=always"],
 }
 EVERY_LAYER = ["goal_sqnr_db=0", "minimum_sqnr_db=-100"]
 
@@ -59,16 +67,18 @@ def columns(name: str) -> Iterator[tuple[str, ...]]:
         everything = list(model.calibration(batches=TEST_BATCHES.stop))
         data, test = everything[:BATCHES], everything[TEST_BATCHES]
         statistics = qonnx.calibrate(source, data)
-        for settings in (*([*EVERY_LAYER, *settings] for settings in ROWS.values()), []):
-            # Statistics are those of the model as it is. Without options it is smoothed, and measured after that.
-            qonnx.quantize(source, data, output, settings=settings, statistics=statistics if settings else None)
+        runs: list[tuple[list[str], Statistics | None]]
+        runs = [([*EVERY_LAYER, *settings], statistics) for settings in ROWS.values()]
+        runs += [([*EVERY_LAYER, *settings], None) for settings in WEIGHT_ROWS.values()]
+        for settings, measured in (*runs, ([], None)):  # equalized and smoothed, it is measured after that
+            qonnx.quantize(source, data, output, settings=settings, statistics=measured)
             value = model.evaluate(session(output).run).value
             ratios = [entry.sqnr_db for entry in qonnx.compare(source, output, test).outputs]
             yield f"{value:.2f} %", f"{value - reference.value:+.2f}", ", ".join(f"{ratio:.1f}" for ratio in ratios)
 
 
 def main(names: Sequence[str]) -> None:
-    rows = ["float", *ROWS, "no option given"]
+    rows = ["float", *ROWS, *WEIGHT_ROWS, "no option given"]
     cells: list[tuple[str, ...]] = [() for _ in rows]
     table = Table("calibrator")
     for name in names:
