@@ -1,26 +1,38 @@
 """The promise, on networks with real weights: accuracy kept, layers on INT8 for sm_80, small files, honest figures."""
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
 
 import qonnx
 import qonnx.graph
+from models.common import Batch
+from qonnx import group_error
 from qonnx.engine.listing import int8_nodes
 from qonnx.equalization import equalize
 from qonnx.graph import parameters
 from qonnx.group_error import Quantizers, channel_axes
 from qonnx.group_samples import collect_inputs
-from qonnx.groups import find_groups
+from qonnx.groups import Residual, SmoothGroup, find_groups
+from qonnx.linear import linear_of
 from qonnx.observation import observe
+from qonnx.passes import outlier_suppression
 from qonnx.passes.equalize import Equalization
+from qonnx.passes.outlier_suppression import OutlierSuppression
 from qonnx.passes.prepare import prepare
 from qonnx.passes.rescale_channels import RescaleChannels
+from qonnx.passes.smooth_quant import SmoothQuant
+from qonnx.passes.split_channels import Split, SplitChannels, find_region
 from qonnx.runtime import session
+from qonnx.smoothing import Method, smooth
+from qonnx.statistics import Statistics
 
 DIMS = {"minilm": {"sequence": (1, 128, 256)}, "mobilenet": {}, "residual": {}}
 # Fewer test items than the benchmark has: one standard error is about 1.5 points, and both forms read the same items.
@@ -61,33 +73,84 @@ def test_from_torch_to_an_int8_engine(name: str, tmp_path: Path) -> None:
     assert [layer.node for layer in planned if not layer.int8] == []
 
 
-@pytest.mark.models
-@pytest.mark.parametrize("pad", [False, True])
-@pytest.mark.parametrize("name", ["mobilenet", "minilm", "ocr"])
-def test_equalization_changes_nothing_before_quantization(name: str, pad: bool, tmp_path: Path) -> None:
-    module = importlib.import_module(f"models.{name}")
+# How much of a network is enough to see every form of group that it has.
+PARTS = {"mobilenet": {}, "minilm": {}, "ocr": {}, "smollm2": {"layers": 2}}
+EXCERPTS = {"smollm2": {"batch_size": 1, "length": 48}}
+
+
+@pytest.fixture(scope="module", params=PARTS)
+def network(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ir.Model, list[Batch]]:
+    """A prepared network with real weights, and three batches."""
+    module = importlib.import_module(f"models.{request.param}")
     if hasattr(module, "onnx_file"):
         source = module.onnx_file()
     else:
-        example = module.build()
-        source = qonnx.export(
-            example.module, example.args, tmp_path / "model.onnx", dynamic_shapes=example.dynamic_shapes, verify=False
-        )
+        example, source = module.build(**PARTS[request.param]), tmp_path_factory.mktemp("network") / "model.onnx"
+        qonnx.export(example.module, example.args, source, dynamic_shapes=example.dynamic_shapes, verify=False)
     model = qonnx.graph.load(source)
     prepare(model)
-    batches = list(module.calibration(batches=3, batch_size=4))
+    return model, list(module.calibration(batches=3, **EXCERPTS.get(request.param, {"batch_size": 2})))
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("pad", [False, True])
+def test_equalization_changes_nothing_before_quantization(
+    network: tuple[ir.Model, list[Batch]], pad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = network
     groups = find_groups(model, explicit=True, pad=pad, bounds=True)
-    axes = channel_axes(groups)
-    statistics = observe(model, list(axes), batches[:2], channel_axes=axes)
-    samples = collect_inputs(model, groups, batches[:2], tokens=64)
+    monkeypatch.setattr(group_error, "_BUDGET", 1 << 20)
+    statistics, samples = _measured(model, groups, batches[:2])
     rescalings, reports = equalize(groups, Equalization(pad=pad), statistics, samples, Quantizers())
+    assert len(rescalings) >= 2
+    assert all(report.method or report.reason for report in reports)
     changed = model.clone()
     find = {group.value: group for group in find_groups(changed, explicit=True, pad=pad, bounds=True)}
     RescaleChannels(tuple(replace(each, group=find[each.group.value]) for each in rescalings))(changed)
-    assert len(rescalings) >= 5
-    assert all(report.method or report.reason for report in reports)
-    before, after = (session(each).run(batches[2]) for each in (model, changed))
-    for output, values in before.items():
-        error = np.abs(after[output] - values)
+    _assert_exact(model, changed, batches[2])
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("method", [SmoothQuant(0.8), OutlierSuppression(percentile=99.9)], ids=["smoothquant", "os+"])
+def test_smoothing_changes_nothing_before_quantization(
+    network: tuple[ir.Model, list[Batch]], method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Any threshold must do: two are tried, on a few results of each layer.
+    monkeypatch.setattr(outlier_suppression, "_COARSE", np.array([0.5, 0.125]))
+    monkeypatch.setattr(outlier_suppression, "_FINE", 2)
+    monkeypatch.setattr(group_error, "_BUDGET", 1 << 20)
+    model, batches = network
+    changed = model.clone()
+    groups = find_groups(changed, residual=Residual.MUL, explicit=True)
+    statistics, samples = _measured(model, groups, batches[:2])
+    sought = isinstance(method, OutlierSuppression)
+    reports = smooth(changed, groups, method, statistics, samples if sought else {})
+    assert sum(bool(report.method) for report in reports) >= 5
+    _assert_exact(model, changed, batches[2])
+
+
+@pytest.mark.models
+def test_repeated_channels_change_nothing_before_quantization(network: tuple[ir.Model, list[Batch]]) -> None:
+    model, batches = network
+    changed = model.clone()
+    layers = [node.name or "" for node in changed.graph if (region := find_region(node)) and region.makers]
+    sizes = {node.name: linear.input_channels for node in changed.graph if (linear := linear_of(node))}
+    SplitChannels(tuple(Split(layer, (1,) * (sizes[layer] - 2) + (3, 2)) for layer in layers))(changed)
+    _assert_exact(model, changed, batches[2])
+    # The pass is for what lies between matrix products; between convolutions it finds nothing.
+    assert bool(layers) == any(node.op_type == "Gelu" or node.op_type == "Sigmoid" for node in model.graph)
+
+
+def _measured(
+    model: ir.Model, groups: Sequence[SmoothGroup], batches: Sequence[Batch]
+) -> tuple[Statistics, dict[str, NDArray[np.float32]]]:
+    axes = channel_axes(groups)
+    return observe(model, list(axes), batches, channel_axes=axes), collect_inputs(model, groups, batches, tokens=32)
+
+
+def _assert_exact(before: ir.Model, after: ir.Model, batch: Batch) -> None:
+    expected, found = (session(model).run(batch) for model in (before, after))
+    for output, values in expected.items():
+        error = np.abs(found[output] - values)
         assert error.max() < 1e-4 * np.abs(values).max(), output
         assert np.median(error) < 1e-5 * np.abs(values).max(), output
