@@ -37,9 +37,10 @@ def passes(plan: QuantPlan) -> tuple[ir.passes.InPlacePass, ...]:
     """The passes that write a plan, in order."""
     match plan.format:
         case Format.QDQ:
-            # ONNX Runtime makes an integer convolution only of one with an int32 bias; TensorRT takes float ones only.
-            biases = (QuantizeBiases(),) if target(plan.target).integer_operators else ()
-            return (AllowTypes(plan), InsertQDQ(plan), *biases, LowerOpset())
+            # ONNX Runtime makes an integer convolution only of one with an int32 bias, which TensorRT does not take,
+            # and dequantizes all of a table for every batch.
+            own = (QuantizeBiases(), GatherCodes()) if target(plan.target).integer_operators else ()
+            return (AllowTypes(plan), InsertQDQ(plan), *own, LowerOpset())
         case Format.QOPERATOR:
             return (InsertQOperator(plan, plan.operators),)
         case Format.DYNAMIC:

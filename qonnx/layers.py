@@ -13,6 +13,7 @@ from qonnx.graph import dtype_name, is_float, is_initializer, module_path, rank
 from qonnx.linear import LINEAR_OPS, Linear, linear_of
 from qonnx.numerics import PerTensor
 from qonnx.recipe import Format, PerChannel, Recipe
+from qonnx.roles import is_table
 from qonnx.rules import Settings
 from qonnx.targets import Target
 
@@ -98,9 +99,11 @@ def is_gpu(target: Target) -> bool:
 
 def _layers(graph: ir.Graph, recipe: Recipe, target: Target, settings: Mapping[str, Settings]) -> Iterator[Layer]:
     for node in graph:
+        chosen = settings[node.name or ""]
+        if chosen.table and recipe.format is Format.QDQ and is_table(node):
+            yield _layer(node, (table_operand(node),), node.outputs[0], chosen, chosen.reason)
         if node.domain not in ("", "ai.onnx") or node.op_type not in LINEAR_OPS:
             continue
-        chosen = settings[node.name or ""]
         left = chosen.reason or _no_rows(node, recipe)
         linear = linear_of(node)
         unfit = _not_float(node.inputs[0]) or _not_float(node.inputs[1])
@@ -197,6 +200,12 @@ def _is_fused(node: ir.Node) -> bool:
 
 def _layer(node: ir.Node, operands: tuple[Operand, ...], output: ir.Value, chosen: Settings, reason: str) -> Layer:
     return Layer(node.name or "", node.op_type, module_path(node), operands, output.name or "", reason, chosen)
+
+
+def table_operand(node: ir.Node) -> Operand:
+    """The table that a Gather looks rows up in: a row has one scale."""
+    table = node.inputs[0]
+    return Operand(Edge(node.name or "", 0), (table.name if table is not None else None) or "", 0, 1)
 
 
 def _linear_operands(linear: Linear) -> tuple[Operand, ...]:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qonnx.calibrators import Calibrator
 from qonnx.graph import module_path
 from qonnx.numerics import Dtype
-from qonnx.recipe import Match, Recipe, Weights, changed
+from qonnx.recipe import Match, Recipe, WeightChange, Weights, changed
 from qonnx.roles import Role, roles_of
 
 # The fields of a match that hold patterns, and what a person calls them.
@@ -29,12 +29,14 @@ class Settings:
         reason: why it stays in float, or "".
         activation: the type of its activations where a rule names one.
         calibrator: of its activations where a rule names one.
+        table: whether a rule says how a table is stored that the node looks rows up in.
     """
 
     weights: Weights
     reason: str = ""
     activation: Dtype | None = None
     calibrator: Calibrator | None = None
+    table: bool = False
 
 
 def settings_of(graph: ir.Graph, recipe: Recipe, leave: Mapping[str, str] | None = None) -> dict[str, Settings]:
@@ -55,17 +57,20 @@ def _settings(
     weights, reason = recipe.weights, ""
     activation: Dtype | None = None
     calibrator: Calibrator | None = None
+    table = False
     for number, rule in enumerate(recipe.rules, start=1):
         if not _matches(rule.match, node, roles):
             continue
         if rule.skip is not msgspec.UNSET:
             reason = f"rule {number} of the recipe" if rule.skip else ""
         weights = changed(weights, rule.weights)
+        # A rule for everything in a module does not mean its tables.
+        table |= rule.weights != WeightChange() and (rule.match.role is Role.EMBEDDING or rule.match.op == "Gather")
         if rule.activations.dtype is not msgspec.UNSET:
             activation = rule.activations.dtype
         if rule.activations.calibrator is not msgspec.UNSET:
             calibrator = rule.activations.calibrator
-    return Settings(weights, leave.get(node.name or "") or reason, activation, calibrator)
+    return Settings(weights, leave.get(node.name or "") or reason, activation, calibrator, table)
 
 
 def unmatched(graph: ir.Graph, recipe: Recipe) -> tuple[str, ...]:

@@ -41,6 +41,9 @@ _WORST = 3
 _CUT_OFF = 0.005
 _CONSISTENT = 0.5
 
+# So many channels with outliers in a sample, on average, are worth a line.
+_OUTLIERS = 0.5
+
 
 def result_tables(result: Result) -> list[Text]:
     """Whether the file can be used, what it is, what was left in float and why, and what to look out for."""
@@ -104,7 +107,7 @@ def _change(before: float | None, after: float | None) -> tuple[str, str]:
 def _calibration(found: Diagnostics) -> list[Text]:
     """The worst few of what is worth knowing; --json holds everything."""
     cut = [s for s in found.saturations if s.share >= _CUT_OFF]
-    wander = [o for o in found.outliers if o.consistency.jaccard < _CONSISTENT]
+    wander = [o for o in found.outliers if o.consistency.jaccard < _CONSISTENT and o.consistency.outliers >= _OUTLIERS]
     stay = [o for o in found.outliers if o.consistency.jaccard >= _CONSISTENT and o.consistency.constant]
     rows = [
         *_worst("larger on held-back data", [(f"{e.ratio:.2f} x", e.value) for e in found.excesses]),

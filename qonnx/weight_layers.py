@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 from qonnx.graph import is_float, is_initializer, module_path
-from qonnx.layers import Edge, Layer, Operand, is_gpu, why_no_weight
+from qonnx.layers import Edge, Layer, Operand, is_gpu, table_operand, why_no_weight
 from qonnx.linear import LINEAR_OPS, Linear, linear_of
 from qonnx.recipe import PerBlock, Weights
 from qonnx.roles import is_table
@@ -66,7 +66,7 @@ def _weights(graph: ir.Graph, settings: Mapping[str, Settings], target: Target) 
         elif is_table(node):
             table = node.inputs[0]
             assert table is not None
-            operand = Operand(Edge(node.name or "", 0), table.name or "", 0, 1)
+            operand = table_operand(node)
             reason = chosen.reason or _unfit_groups(table, operand, chosen.weights, target)
             yield _layer(node, (operand,), node.outputs[0], chosen, reason)
 

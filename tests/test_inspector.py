@@ -206,6 +206,16 @@ def test_other_formats(text: str, weights: str, described: tuple[str, str, bool]
     assert (layer.weights, layer.activations, layer.quantized) == described
 
 
+def test_what_is_looked_up_is_no_constant() -> None:
+    text = """g (int64[n] i, int8[64,16] t, float[64] s, int8[16,16] w, float k) => (float[n,16] y) {
+        d = DequantizeLinear <axis = 0> (t, s) x = Gather(d, i)
+        q = QuantizeLinear(x, k) e = DequantizeLinear(q, k) f = DequantizeLinear(w, k) y = MatMul(e, f) }"""
+    model = model_of(text, weights="t s w k")
+    table, product = inspect(model).layers
+    assert (table.op, table.weights, table.activations) == ("Gather", "int8 per axis 0", "")
+    assert (product.weight, product.weights, product.activations) == ((16, 16), "int8 per tensor", "uint8 per tensor")
+
+
 LEFT = {
     "computed scale": "s = ReduceMax <keepdims = 0> (x) q = QuantizeLinear(x, s) y = DequantizeLinear(q, s)",
     "codes are an input": "y2 = DequantizeLinear(c, k) y = Add(x, y2)",

@@ -14,6 +14,7 @@ from qonnx.errors import RecipeError, TargetError
 from qonnx.graph import load
 from qonnx.numerics import Blocked, Dtype, PerAxis, PerTensor
 from qonnx.passes.prepare import prepare
+from qonnx.placement import place
 from qonnx.recipe import Recipe, load_recipe, to_yaml
 from qonnx.resolve import resolve
 from qonnx.roles import Role, roles_of
@@ -221,3 +222,32 @@ def test_attention_of_one_projection_is_one_part() -> None:
     assert {name for name, found in roles_of(model.graph).items() if Role.ATTENTION in found} == {
         "project", "scores", "mix", "out",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("consumer", "looked_up"), [("a800", "float"), ("ort-cpu", "int8")])
+def test_a_rule_stores_tables_in_eight_bits_beside_integer_products(
+    consumer: str, looked_up: str, tmp_path: Path
+) -> None:
+    chosen = recipe({"match": {"role": "embedding"}, "weights": {"dtype": "int8"}}, goal_sqnr_db=0)
+    result = qonnx.quantize(transformer(), data(), tmp_path / "q.onnx", recipe=chosen, target=consumer)
+    assert "embed" in {layer.node for layer in result.plan.quantized_layers}
+    (table,) = (tensor for tensor in result.plan.weights if tensor.value == "table")
+    assert (table.granularity, len(table.scale)) == (PerAxis(0), 300)
+    written = load(tmp_path / "q.onnx")
+    assert result.lookup_bytes == 0
+    (read,) = {
+        value.dtype.name.lower()
+        for node in written.graph
+        for value in node.inputs[:1]
+        if node.op_type == "Gather" and value is not None and value.dtype is not None and value.shape == (300, 64)
+    }
+    assert read == looked_up
+    assert result.comparison.outputs[0].sqnr_db > 20
+
+
+@pytest.mark.parametrize("rule", [{"match": {"name": "*"}}, {"match": {"role": "embedding"}, "skip": True}])
+def test_other_rules_leave_tables_in_float(rule: dict[str, object]) -> None:
+    model = transformer()
+    chosen = recipe({**rule, "weights": {"dtype": "int8"}})
+    layers = place(model, chosen, target("a800")).layers
+    assert "embed" not in {layer.node for layer in layers if not layer.reason}

@@ -196,10 +196,15 @@ def _source(value: ir.Value | None) -> ir.Value | None:
     """What a value is made of, seen through Q/DQ nodes and operators that move elements."""
     while value is not None:
         producer = value.producer()
-        if producer is None or not (is_mover(producer) or dequantizer_of(value) is not None or _quantizes(producer)):
+        if producer is None or not (_moves(producer) or dequantizer_of(value) is not None or _quantizes(producer)):
             return value
         value = producer.inputs[0]
     return None
+
+
+def _moves(node: ir.Node) -> bool:
+    """Whether the elements are all those of the first input; a lookup takes some of them at run time."""
+    return is_mover(node) and (node.op_type != "Gather" or all(is_initializer(value) for value in node.inputs))
 
 
 def _quantizes(node: ir.Node) -> bool:
@@ -222,7 +227,7 @@ def _described(value: ir.Value) -> str:
             kind = "?" if dequantizer.dtype is None else dequantizer.dtype.name.lower()
             return f"{kind} {_granularity(dequantizer.granularity)}{when}"
         producer = seen.producer()
-        if producer is None or not is_mover(producer):
+        if producer is None or not _moves(producer):
             return dtype_name(seen)
         seen = producer.inputs[0]
     return ""
