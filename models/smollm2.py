@@ -107,11 +107,18 @@ def evaluate(run: Run, *, batches: int = 16, batch_size: int = 2, length: int = 
     Raises:
         DataError: Something cannot be fetched, or the run does not return logits for each token.
     """
-    losses = [token_losses(run, batch) for batch in _batches("test", batches, batch_size, length)]
-    excerpts = np.concatenate([loss.mean(axis=1) for loss in losses])
+    excerpts = excerpt_losses(run, batches=batches, batch_size=batch_size, length=length).mean(axis=1)
     perplexity = float(np.exp(excerpts.mean()))
     error = perplexity * float(excerpts.std(ddof=1)) / np.sqrt(excerpts.size) if excerpts.size > 1 else np.nan
     return Evaluation("perplexity", perplexity, excerpts.size * (length - 1), float(error), unit="")
+
+
+def excerpt_losses(run: Run, *, batches: int = 16, batch_size: int = 2, length: int = LENGTH) -> NDArray[np.float64]:
+    """Return what `evaluate` averages: the negative log-likelihoods, [excerpts, length - 1], in nats.
+
+    Two networks are compared excerpt by excerpt: these differ far more from each other than from float to INT8.
+    """
+    return np.concatenate([token_losses(run, batch) for batch in _batches("test", batches, batch_size, length)])
 
 
 def token_losses(run: Run, batch: Batch) -> NDArray[np.float64]:
