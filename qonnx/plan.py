@@ -317,6 +317,8 @@ def _unfit_activation(
         )
     if not observed.finite:
         return f"its input {value} is not always finite"
+    if observed.mean_square == 0:
+        return f"its input {value} was 0 in all of the data: nothing tells how far it reaches"
     low, high, _ = ranges[value]
     sqnr = _rounding_sqnr(observed, grid.scale(value, observed, low, high)[0])
     if sqnr < recipe.minimum_sqnr_db:

@@ -106,8 +106,12 @@ def test_an_input_that_is_not_finite_keeps_its_layer_in_float() -> None:
     assert not plan.activations
 
 
-def test_an_all_zero_input_has_a_usable_scale() -> None:
+def test_an_all_zero_input_keeps_its_layer_in_float() -> None:
     plan = planned(mlp(), [{"x": np.zeros((8, 32), np.float32)}])
+    reasons = {layer.node: layer.reason for layer in plan.layers}
+    assert reasons["fc1"] == "its input x was 0 in all of the data: nothing tells how far it reaches"
+    assert not reasons["fc2"]
+    assert plan.activations
     for tensor in plan.activations:
         assert tensor.scale[0] > 0
         assert math.isfinite(tensor.scale[0])
