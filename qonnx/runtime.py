@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qonnx.errors import DataError, DependencyError, ModelError
-from qonnx.graph import all_graphs, first_line
+from qonnx.graph import all_graphs, first_line, load
 
 Array = npt.NDArray[Any]
 
@@ -239,10 +239,26 @@ def session(
             )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             if level is Optimization.NONE:
-                raise ModelError(f"{origin}: ONNX Runtime cannot load this graph: {_reason(error)}") from error
+                raise ModelError(
+                    f"{origin}: ONNX Runtime cannot load this graph: {_reason(error)}{_remedy(model)}"
+                ) from error
         else:
             break
     return Session(native, level, buffers.values(), outputs, origin)
+
+
+def _remedy(model: ir.Model | str | os.PathLike[str]) -> str:
+    """What to do about a graph that ONNX Runtime has no kernels for; "" where that is not known."""
+    try:
+        graph = (model if isinstance(model, ir.Model) else load(model)).graph
+    except ModelError:  # a damaged file
+        return ""
+    if any(value.dtype is ir.DataType.BFLOAT16 for value in (*graph.initializers.values(), *graph.inputs)):
+        return (
+            "; it has hardly any bfloat16 kernel for the CPU: export the model in float32, which holds the same "
+            "weights, and build the engine with --float bf16"
+        )
+    return ""
 
 
 def _misoptimized(model: ir.Model | str | os.PathLike[str]) -> bool:

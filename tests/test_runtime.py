@@ -111,6 +111,12 @@ def test_strings_are_fed_as_objects() -> None:
     np.testing.assert_array_equal(opened.run({"x": np.array(["a", "b"], object)})["y"], [True, False])
 
 
+def test_a_bfloat16_graph_that_has_no_kernels_says_what_to_do() -> None:
+    text = "g (bfloat16[2] x) => (bfloat16[2] y) { y = Pow(x, x) }"
+    with pytest.raises(ModelError, match=r"export the model in float32, .* and build the engine with --float bf16"):
+        open_text(text)
+
+
 def test_weights_in_memory_are_lent_and_not_serialized(linear: tuple[ir.Model, np.ndarray[Any, Any]]) -> None:
     model, weight = linear
     skeleton, buffers = runtime._skeleton(model, "g")

@@ -65,7 +65,11 @@ def _range(name: str, axis: int, size: int | str, ranges: Mapping[int | str, Ran
     where = f"dimension {size or axis!r} of input {name!r}"
     if size in ranges and (size or axis == 0):  # what has no name can only be told by its place
         return _ascending(where, ranges[size])
-    remedy = f"dims={{{size!r}: (1, 128, 256)}}" if size else f"profiles={{{name!r}: (smallest, usual, largest)}}"
+    remedy = (
+        f"dims={{{size!r}: (1, 128, 256)}} or --dim {size}=1,128,256"
+        if size
+        else f"profiles={{{name!r}: (smallest, usual, largest)}}"
+    )
     raise EngineError(f"{where} is dynamic: give its smallest, usual and largest size, such as {remedy}")
 
 
