@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
@@ -28,6 +29,8 @@ from rich.table import Table
 
 import qonnx
 from benchmarks.accuracy import float_file
+from qonnx.plan import QuantPlan
+from qonnx.recipe import Format
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -84,16 +87,23 @@ def ours(recipe: str) -> Callable[[Path, Path, Sequence[Feeds]], None]:
     """A recipe of this tool."""
 
     def make(source: Path, output: Path, batches: Sequence[Feeds]) -> None:
-        qonnx.quantize(source, list(batches), output, recipe=recipe, target="ort-cpu")
+        result = qonnx.quantize(source, list(batches), output, recipe=recipe, target="ort-cpu")
+        result.plan.save(output.with_name(f"{recipe}.json"))
 
     return make
+
+
+def integer_operators(source: Path, output: Path, batches: Sequence[Feeds]) -> None:
+    """The plan of `int8`, written as integer operators."""
+    plan = msgspec.structs.replace(QuantPlan.load(output.with_name("int8.json")), format=Format.QOPERATOR)
+    qonnx.quantize(source, list(batches), output, plan=plan, target="ort-cpu")
 
 
 ROWS: dict[str, Callable[[Path, Path, Sequence[Feeds]], None]] = {
     "onnxruntime quantize_static": onnxruntime_static,
     "onnxruntime quantize_dynamic": onnxruntime_dynamic,
     "qonnx int8": ours("int8"),
-    "qonnx int8-qoperator": ours("int8-qoperator"),
+    "qonnx int8-qoperator": integer_operators,
     "qonnx int8-dynamic": ours("int8-dynamic"),
     "qonnx int8-per-token": ours("int8-per-token"),
     "qonnx w8": ours("w8"),

@@ -64,19 +64,19 @@ def factor(hessian: Array, dampening: float = _DAMPENING) -> Factor:
     if not np.isfinite(diagonal).all():
         raise DataError("the inputs of the layer are not always finite: its weight can only be rounded to nearest")
     order = np.argsort(-diagonal, kind="stable")
-    matrix = np.asarray(hessian, np.float64)[np.ix_(order, order)]
-    mean = float(diagonal.mean()) or 1.0
-    damped = matrix + np.diag(np.full(len(matrix), dampening * mean))
-    while True:
+    # From the last row to the first: a Cholesky factor is lower triangular, and R is upper.
+    backwards = order[::-1]
+    matrix, mean = hessian[np.ix_(backwards, backwards)].astype(np.float64), float(diagonal.mean()) or 1.0
+    while dampening <= _MOST_DAMPENING:
+        np.fill_diagonal(matrix, diagonal[backwards] + dampening * mean)
         try:
-            # From the last row to the first: a Cholesky factor is lower triangular, and R is upper.
-            upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-            return Factor(order, (upper / np.diagonal(upper)).astype(np.float32))
+            lower = np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
             dampening *= 10
-            if dampening > _MOST_DAMPENING:
-                raise DataError("the inputs of the layer have no positive definite second moments") from None
-            damped = matrix + np.diag(np.full(len(matrix), dampening * mean))
+        else:
+            upper = lower[::-1, ::-1]
+            return Factor(order, (upper / np.diagonal(upper)).astype(np.float32))
+    raise DataError("the inputs of the layer have no positive definite second moments: round its weight to nearest")
 
 
 def round_with_feedback(weight: Array, by: Factor, scale: Array, zero_point: Array, size: int, dtype: Dtype) -> Array:
