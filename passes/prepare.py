@@ -23,6 +23,7 @@ from qonnx.passes.fuse_gelu import FuseGelu
 from qonnx.passes.fuse_norms import LAYER_NORM_OPSET, FuseNorms, decomposed_norms
 from qonnx.passes.infer_shapes import InferShapes
 from qonnx.passes.name_nodes import NameNodes
+from qonnx.passes.pool_globally import PoolGlobally
 from qonnx.passes.raise_opset import RaiseOpset, opset
 from qonnx.passes.rewrite_einsum import RewriteEinsum
 
@@ -57,6 +58,7 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
     if _raise_opset(model, minimum_opset, fuse, notes):
         _attempt(InferShapes(), model, notes)
         _attempt(FoldConstants(), model, notes)
+    PoolGlobally()(model)
     before = _operators(model)
     RewriteEinsum()(model)
     notes += _listed("wrote", before - _operators(model), "as MatMul")
