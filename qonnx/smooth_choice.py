@@ -202,7 +202,8 @@ def _next(
         note = f"{found.words(verb)}: the outputs keep {gain:.1f} dB more"
         return replace(before.then(changed, found.plans, found.reports, note), keeps_db=would)
     reports = tuple(_not_kept(report, verb, gain) for report in found.reports)
-    note = f"not {verb}: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
+    how = "" if found.nodes else " without nodes at run time"  # with some, it may be yet
+    note = f"not {verb}{how}: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
     return replace(before.then(model, (), reports, note), keeps_db=keeps)
 
 

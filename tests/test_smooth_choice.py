@@ -125,7 +125,7 @@ def test_auto_does_not_keep_what_the_outputs_do_not_gain_by() -> None:
     assert result.plans == ()
     assert not any(report.method for report in result.reports)
     assert all(report.reason for report in result.reports)
-    assert [note.split(":")[0] for note in result.notes] == ["not equalized", "not smoothed"]
+    assert [note.split(":")[0] for note in result.notes] == ["not equalized", "not smoothed without nodes at run time"]
     assert result.warning == ""
 
 
