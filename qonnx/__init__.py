@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from qonnx.exporter import export
     from qonnx.inspector import inspect
     from qonnx.linter import lint
-    from qonnx.pipeline import Result, calibrate, quantize
+    from qonnx.pipeline import calibrate, quantize
     from qonnx.plan import QuantPlan
     from qonnx.recipe import Recipe
+    from qonnx.result import Result
     from qonnx.statistics import Statistics
 
 _HOMES = {
@@ -25,7 +26,7 @@ _HOMES = {
     "QonnxError": "qonnx.errors",
     "QuantPlan": "qonnx.plan",
     "Recipe": "qonnx.recipe",
-    "Result": "qonnx.pipeline",
+    "Result": "qonnx.result",
     "Statistics": "qonnx.statistics",
     "build_engine": "qonnx.engine",
     "calibrate": "qonnx.pipeline",

@@ -27,7 +27,8 @@ from qonnx.judged import judged_model
 from qonnx.numerics import Dtype
 from qonnx.passes.drop_bounds import DropBounds
 from qonnx.placement import candidates, place
-from qonnx.plan import QuantPlan, SmoothPlan, make_plan
+from qonnx.plan import QuantPlan, SmoothPlan
+from qonnx.planner import make_plan
 from qonnx.ranges import Range, calibrated
 from qonnx.rebatch import Batch, rows
 from qonnx.recipe import Recipe

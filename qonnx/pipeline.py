@@ -18,19 +18,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import onnx_ir as ir
 
 from qonnx.activation_scales import channel_axes
-from qonnx.attempts import Attempt, Job, best_attempt, only_attempt, write
+from qonnx.attempts import Job, best_attempt, only_attempt, write
 from qonnx.calibrators import EXTREMES
-from qonnx.comparison import NOTHING_COMPARED, Comparison, compare
+from qonnx.comparison import NOTHING_COMPARED, compare
 from qonnx.data import HoldOut, batches, expected_rows
 from qonnx.diagnostics import Diagnostics, diagnose
 from qonnx.errors import DataError, ModelError, OutputError, RecipeError, TargetError
 from qonnx.fingerprint import fingerprint
-from qonnx.graph import all_graphs, is_float, load, parameters, publish, staging
-from qonnx.group_report import GroupReport
+from qonnx.graph import all_graphs, load, parameters, publish, staging
 from qonnx.numerics import PerTensor
 from qonnx.observation import Progress, observe
 from qonnx.passes.equalize import NoEqualization
@@ -40,10 +38,10 @@ from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
 from qonnx.recipe import RECIPES, Format, Recipe, Rounding, load_recipe
 from qonnx.resolve import calibrators, minimum_opset, resolve
+from qonnx.result import Result, lookup_bytes, warnings_of
 from qonnx.roofline import roofline, unprofitable
 from qonnx.rules import unmatched
 from qonnx.runtime import Device, input_specs
-from qonnx.sensitivity import LayerCost
 from qonnx.smooth_choice import AUTOMATIC, Smoothed, smoothed
 from qonnx.smooth_plan import apply
 from qonnx.smoothing import NoSmoothing
@@ -68,44 +66,6 @@ _SAMPLE_BYTES = 128 * 1024 * 1024
 ModelSource = str | os.PathLike[str] | ir.Model
 StatisticsSource = str | os.PathLike[str] | Statistics
 Report = Callable[[Progress], None]
-
-
-class Result(msgspec.Struct, frozen=True):
-    """What `quantize` did.
-
-    Attributes:
-        output: the file that was written.
-        plan: every decision.
-        comparison: float against quantized model, on batches that neither calibration nor any choice saw; empty
-            without data.
-        held_out: the number of those batches; 0 when calibration saw them, too: there was only one batch, or the
-            statistics that were given are of the same data.
-        float_bytes: weights before, in bytes.
-        quantized_bytes: weights after, in bytes.
-        lookup_bytes: how many of them are embedding tables and the like, which are looked up and not multiplied; they
-            stay in float.
-        seconds: wall time per stage.
-        notes: what preparation changed.
-        warnings: what the user should know before using the file.
-        costs: where the first attempt missed the recipe's goal, what each quantized layer alone did to the outputs,
-            the worst first.
-        diagnostics: what is to be said about calibration; empty where there was none, or a plan was given.
-        smoothing: every group of channels that smoothing looked at: what was done, or why nothing was.
-    """
-
-    output: str
-    plan: QuantPlan
-    comparison: Comparison
-    held_out: int
-    float_bytes: int
-    quantized_bytes: int
-    lookup_bytes: int
-    seconds: dict[str, float]
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
-    costs: tuple[LayerCost, ...] = ()
-    diagnostics: Diagnostics = Diagnostics()
-    smoothing: tuple[GroupReport, ...] = ()
 
 
 def calibrate(
@@ -312,10 +272,10 @@ def quantize(
         held_out=0 if seen else len(judged),
         float_bytes=parameters(prepared)[1],
         quantized_bytes=attempt.bytes,
-        lookup_bytes=_lookup_bytes(prepared, attempt.plan),
+        lookup_bytes=lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
         notes=(*notes, *smooth.notes, *attempt.notes),
-        warnings=(*lost, *_warnings(attempt, comparison, held, chosen, calibrated, (smooth.warning, seen))),
+        warnings=(*lost, *warnings_of(attempt, comparison, held, chosen, calibrated, (smooth.warning, seen))),
         costs=attempt.costs,
         diagnostics=diagnostics,
         smoothing=smooth.reports,
@@ -442,54 +402,6 @@ def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tu
     if any(value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for value in values):
         notes += prepare(prepared, minimum_opset=19)
     return prepared, notes, mark
-
-
-def _warnings(
-    attempt: Attempt,
-    comparison: Comparison,
-    held: HoldOut,
-    recipe: Recipe,
-    calibrated: bool,
-    known: Sequence[str],
-) -> tuple[str, ...]:
-    """What to say loudly."""
-    warnings = []
-    listed = "; the layers that cost most are listed" if attempt.costs else ""
-    if not attempt.plan.quantized_layers:
-        warnings.append("no layer was quantized: the file computes what the float model computes")
-    if not comparison.batches:
-        return (*warnings, "no data were given: how much the outputs changed is not known")
-    if not comparison.outputs:
-        warnings.append("no output is a tensor: nothing could be compared")
-    for output in comparison.outputs:
-        if output.nonfinite > output.nonfinite_reference:
-            warnings.append(f"output {output.name}: {output.nonfinite} values are not finite")
-        elif output.sqnr_db < recipe.goal_sqnr_db:
-            warnings.append(
-                f"output {output.name} keeps only {output.sqnr_db:.1f} dB (the goal is {recipe.goal_sqnr_db:g} dB): "
-                "measure the task before you use this file" + listed
-            )
-        if output.agreement < 1:
-            warnings.append(f"output {output.name}: {1 - output.agreement:.2%} of its integers differ")
-        if output.mismatched_batches:
-            warnings.append(f"output {output.name}: its shape differs in {output.mismatched_batches} batches")
-    warnings += filter(None, known)
-    if calibrated and len(held.kept) == 1 and not held.shared:
-        warnings.append("one batch was held back, on which choices were made too: give six batches or more")
-    return tuple(warnings)
-
-
-def _lookup_bytes(model: ir.Model, plan: QuantPlan) -> int:
-    """Bytes of embedding tables and the like, which are looked up and not multiplied, and stay in float."""
-    quantized = {weight.value for weight in plan.weights}
-    return sum(
-        int(value.const_value.nbytes)
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-        and is_float(value)
-        and value.name not in quantized
-        and any(usage.node.op_type == "Gather" and usage.idx == 0 for usage in value.uses())
-    )
 
 
 class _Clock:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from qonnx.comparison import Comparison, Difference
     from qonnx.diagnostics import Diagnostics
     from qonnx.group_report import GroupReport
-    from qonnx.pipeline import Result
     from qonnx.plan import QuantPlan
+    from qonnx.result import Result
     from qonnx.sensitivity import LayerCost
 
 # How many tensors the terminal names for each finding about calibration.

@@ -16,7 +16,8 @@ from qonnx.formats import insert
 from qonnx.numerics import Dtype, PerTensor
 from qonnx.observation import observe
 from qonnx.placement import candidates, place
-from qonnx.plan import QuantPlan, make_plan
+from qonnx.plan import QuantPlan
+from qonnx.planner import make_plan
 from qonnx.ranges import Range, calibrated
 from qonnx.rebatch import Batch, rows
 from qonnx.recipe import Format, Recipe

@@ -26,9 +26,9 @@ import pytest
 import qonnx
 from qonnx import cli
 from qonnx.comparison import Comparison, Difference
-from qonnx.pipeline import Result
 from qonnx.plan import LayerPlan, QuantPlan
 from qonnx.recipe import RECIPES, load_recipe
+from qonnx.result import Result
 from qonnx.runtime import Optimization
 from qonnx.statistics import Statistics
 from qonnx.tables import comparison_tables, result_tables

@@ -13,7 +13,8 @@ from qonnx.numerics import Dtype
 from qonnx.observation import observe
 from qonnx.passes.prepare import prepare
 from qonnx.placement import candidates, place
-from qonnx.plan import QuantPlan, make_plan
+from qonnx.plan import QuantPlan
+from qonnx.planner import make_plan
 from qonnx.ranges import calibrated
 from qonnx.recipe import Recipe, load_recipe
 from qonnx.resolve import resolve
