@@ -174,7 +174,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: for people and for the metadata of the file that is written.
         smooth: how activations are made flatter before they are observed, at no change of what the model computes.
             `auto` keeps what it finds only where that makes the outputs better, and what takes nodes at run time only
-            where they miss `goal_sqnr_db` without and gain 1 dB.
+            where they may miss `goal_sqnr_db` without, and gain 1 dB.
         equalize: how channels are made equally wide, and tensors moved to the middle of their range, before that, in
             the same way.
         weights: how weights are quantized.

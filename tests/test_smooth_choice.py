@@ -154,6 +154,14 @@ def test_nodes_at_run_time_only_where_the_goal_is_missed_without_them() -> None:
     assert missed.keeps_db >= reached.keeps_db + 1
 
 
+@pytest.mark.parametrize(("beyond", "tried"), [(2.0, True), (4.0, False)])
+def test_nodes_are_tried_where_a_trial_only_just_reaches_the_goal(beyond: float, tried: bool) -> None:
+    without = run("int8", ("goal_sqnr_db=16",), POST_NORM).keeps_db
+    assert without is not None
+    result = run("int8", (f"goal_sqnr_db={without - beyond}",), POST_NORM)
+    assert any(report.nodes for report in result.reports) == tried
+
+
 def test_what_is_free_is_done_whatever_the_goal() -> None:
     for goal in ("goal_sqnr_db=0", "goal_sqnr_db=99"):
         result = run("int8", (goal,))
