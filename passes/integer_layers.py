@@ -37,7 +37,7 @@ def insert_on_integers(model: ir.Model, plan: QuantPlan, origin: str, measure: M
         RecipeError: the plan names a node, value or edge that the graph does not have.
         TargetError: a layer has no integer form, or the target no integer operators.
     """
-    dynamic = tuple(tensor for tensor in plan.activations if not tensor.scale)
+    dynamic = tuple(tensor for tensor in plan.activations if not tensor.scale and tensor.edges)
     static = tuple(tensor for tensor in plan.activations if tensor.scale)
     need_onnxruntime(plan, "MatMulInteger and ConvInteger")
     rest = msgspec.structs.replace(plan, activations=static)

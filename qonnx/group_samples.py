@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qonnx.errors import DataError
 from qonnx.graph import Names, rank
 from qonnx.group_error import channel_axes
 from qonnx.groups import SmoothGroup
 from qonnx.runtime import session
+from qonnx.watching import watching
 
 Array = npt.NDArray[np.float32]
 
@@ -46,14 +47,17 @@ def collect_inputs(
         raise DataError("no calibration data: smoothing needs at least one batch")
     if not axes:
         return {}
-    sampled, outputs = _sampling(model, axes, -(-tokens // len(batches)))
+    rows = -(-tokens // len(batches))
+    sampled, outputs = watching(
+        model, {name: (name, functools.partial(_rows, axis=axis, rows=rows)) for name, axis in axes.items()}
+    )
     runner = session(sampled)
     found: dict[str, list[Array]] = {name: [] for name in axes}
     for batch in batches:
         results = runner.run(batch)
         for name, output in outputs.items():
             found[name].append(np.asarray(results[output], np.float32))
-    return {name: _thinned(np.concatenate(rows), tokens) for name, rows in found.items()}
+    return {name: _thinned(np.concatenate(parts), tokens) for name, parts in found.items()}
 
 
 def _thinned(rows: Array, count: int) -> Array:
@@ -61,24 +65,8 @@ def _thinned(rows: Array, count: int) -> Array:
     return rows[np.linspace(0, len(rows) - 1, count).astype(np.intp)] if len(rows) > count else rows
 
 
-def _sampling(model: ir.Model, axes: Mapping[str, int], rows: int) -> tuple[ir.Model, dict[str, str]]:
-    """A copy of the model that returns `rows` to twice as many rows of each value, and the names of these outputs."""
-    copy = model.clone()
-    graph, names = copy.graph, Names(copy)
-    values = {value.name: value for value in graph.inputs}
-    values.update({value.name: value for node in graph for value in node.outputs})
-    graph.outputs.clear()
-    outputs = {}
-    for name, axis in axes.items():
-        output = _rows(graph, names, values[name], axis, rows)
-        graph.outputs.append(output)
-        outputs[name] = output.name or ""
-    RemoveUnusedNodesPass()(copy)
-    return copy, outputs
-
-
 def _rows(graph: ir.Graph, names: Names, value: ir.Value, axis: int, rows: int) -> ir.Value:
-    """Appends nodes that put the channels last, make a matrix, and take every k-th row of it."""
+    """Appends nodes that put the channels last, make a matrix, and take `rows` to twice as many rows of it, evenly."""
 
     def add(op: str, inputs: Sequence[ir.Value], **attributes: int | list[int]) -> ir.Value:
         node = ir.node(op, inputs, attributes=attributes, name=names.fresh(f"{value.name}_{op}"))

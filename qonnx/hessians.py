@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qonnx.graph import Names, rank
 from qonnx.linear import Linear
 from qonnx.runtime import session
+from qonnx.watching import watching
 
 
 class Inputs(NamedTuple):
@@ -46,7 +47,7 @@ def hessians(
         wanted: values of the main graph.
         batches: one array per model input each.
     """
-    summing, outputs = _summing(model, wanted)
+    summing, outputs = watching(model, {each: (each.value, functools.partial(_sum, axis=each.axis)) for each in wanted})
     runner, found = session(summing), dict[Inputs, npt.NDArray[np.float32]]()
     for batch in batches:
         results = runner.run(batch)
@@ -56,22 +57,6 @@ def hessians(
             else:
                 found[each] = np.array(results[output])
     return found
-
-
-def _summing(model: ir.Model, wanted: Sequence[Inputs]) -> tuple[ir.Model, dict[Inputs, str]]:
-    """A copy of the model that returns these sums alone, and the names of its outputs."""
-    copy = model.clone()
-    graph, names = copy.graph, Names(copy)
-    values = {value.name: value for value in graph.inputs}
-    values.update({value.name: value for node in graph for value in node.outputs})
-    graph.outputs.clear()
-    outputs = {}
-    for each in wanted:
-        output = _sum(graph, names, values[each.value], each.axis)
-        graph.outputs.append(output)
-        outputs[each] = output.name or ""
-    RemoveUnusedNodesPass()(copy)
-    return copy, outputs
 
 
 def _sum(graph: ir.Graph, names: Names, value: ir.Value, axis: int) -> ir.Value:

@@ -17,6 +17,7 @@ with values rounded too, on samples that the offsets were not fitted on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qonnx.attention import values_index
 from qonnx.channel_steps import follow
@@ -39,6 +39,7 @@ from qonnx.placement import Placement
 from qonnx.ranges import Range
 from qonnx.rebatch import Batch, has_batch_axis, rows, together
 from qonnx.runtime import input_specs, session
+from qonnx.watching import watching
 
 # Where the grid may end.
 ENDS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -169,52 +170,52 @@ class Looks:
     def __init__(self, model: ir.Model, found: Sequence[Attention], batch: Batch) -> None:
         self._divisible = has_batch_axis(batch, input_specs(model))
         first = together([batch], 1) if self._divisible else batch
-        shapes = session(_watching(model, found, None)).run(first)
+        probabilities = [one.probabilities for one in found]
+        shapes = session(watching(model, {name: (name, _shape) for name in probabilities})[0]).run(first)
         elements = sum(int(np.prod(shape)) for shape in shapes.values())
         self._samples = int(np.clip(_ELEMENTS // max(elements, 1), 1, _MOST_SAMPLES))
-        self._session = session(_watching(model, found, -(-elements // _ELEMENTS)))
+        queries = functools.partial(_queries, step=-(-elements // _ELEMENTS))
+        wanted = {one.values: (one.values, _whole) for one in found}
+        watched, self._outputs = watching(model, {**wanted, **{name: (name, queries) for name in probabilities}})
+        self._session = session(watched)
 
     def at(self, batches: Sequence[Batch]) -> list[Results]:
         """Probabilities and values by name, for some batches."""
         left, results = self._samples, list[Results]()
         for batch in batches:
             few = together([batch], left) if self._divisible else batch
-            results.append({k: np.asarray(v, np.float32) for k, v in self._session.run(few).items()})
+            found = self._session.run(few)
+            results.append({name: np.asarray(found[output], np.float32) for name, output in self._outputs.items()})
             left -= rows(few) if self._divisible else left
             if left <= 0:
                 break
         return results
 
 
-def _watching(model: ir.Model, found: Sequence[Attention], step: int | None) -> ir.Model:
-    """A copy of the model that returns every `step`-th query's probabilities, and values; or shapes of the former."""
-    copy = model.clone()
-    graph, names = copy.graph, Names(copy)
-    made = {value.name: value for node in graph for value in node.outputs}
-    graph.outputs.clear()
-    sliced = {}
-    for one in found:
-        value = made[one.probabilities]
-        if step is None:
-            node = ir.node("Shape", [value], name=names.fresh(f"{value.name}/shape"))
-            node.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        else:
-            bounds = [
-                store(graph, names.fresh(f"{value.name}/{word}"), ir.tensor(np.array([number], np.int64)))
-                for word, number in (("starts", 0), ("ends", np.iinfo(np.int64).max), ("axes", -2), ("steps", step))
-            ]
-            node = ir.node("Slice", [value, *bounds], name=names.fresh(f"{value.name}/queries"))
-            node.outputs[0].type = value.type
-            sliced[node.outputs[0]] = one.probabilities
-        node.outputs[0].name = names.fresh(f"{value.name}/watched")
-        graph.append(node)
-        graph.outputs.append(node.outputs[0])
-    if step is not None:
-        graph.outputs.extend(made[name] for name in dict.fromkeys(one.values for one in found))
-        for output, name in sliced.items():  # results are found by the names of what they hold
-            made[name].name, output.name = names.fresh(f"{name}/whole"), name
-    RemoveUnusedNodesPass()(copy)
-    return copy
+def _whole(graph: ir.Graph, names: Names, value: ir.Value) -> ir.Value:
+    return value
+
+
+def _shape(graph: ir.Graph, names: Names, value: ir.Value) -> ir.Value:
+    return _append(graph, names, "Shape", [value], ir.TensorType(ir.DataType.INT64))
+
+
+def _queries(graph: ir.Graph, names: Names, value: ir.Value, step: int) -> ir.Value:
+    """Every `step`-th row."""
+    bounds = [
+        store(graph, names.fresh(f"{value.name}/{word}"), ir.tensor(np.array([number], np.int64)))
+        for word, number in (("starts", 0), ("ends", np.iinfo(np.int64).max), ("axes", -2), ("steps", step))
+    ]
+    return _append(graph, names, "Slice", [value, *bounds], value.type)
+
+
+def _append(
+    graph: ir.Graph, names: Names, op: str, inputs: Sequence[ir.Value], kind: ir.TypeProtocol | None
+) -> ir.Value:
+    node = ir.node(op, inputs, name=names.fresh(f"{inputs[0].name}/{op}"))
+    node.outputs[0].name, node.outputs[0].type = names.fresh(f"{inputs[0].name}/watched"), kind
+    graph.append(node)
+    return node.outputs[0]
 
 
 class _Probe:

@@ -33,7 +33,7 @@ class Result(msgspec.Struct, frozen=True):
         lookup_bytes: how many of them are embedding tables and the like, which are looked up and not multiplied; they
             stay in float.
         seconds: wall time per stage.
-        notes: what preparation changed.
+        notes: what preparation changed, how smoothing went, and how codes of weights were chosen.
         warnings: what the user should know before using the file.
         costs: where the first attempt missed the recipe's goal, what each quantized layer alone did to the outputs,
             the worst first.

@@ -197,9 +197,7 @@ def _next(
     if not isinstance(method, AUTOMATIC):
         after = before.then(changed, found.plans, found.reports, found.words(verb))
         return after if found.rows >= _FEWEST_ROWS else replace(after, warning=_join(after.warning, _few(verb, found)))
-    keeps = before.keeps_db
-    if keeps is None:
-        keeps = outputs_keep(model, trial_plan(model, recipe, target, sample, found.statistics), choose)
+    keeps = _keeps(before, recipe, target, sample, choose, found.statistics)
     would = outputs_keep(changed, trial_plan(changed, recipe, target, sample), choose)
     gain = _gain(keeps, would)
     if gain >= _worth_it(choose):
@@ -226,10 +224,8 @@ def _with_nodes(
     groups = tuple(group for group in _read_by(draft, Look.of(method).groups(model)) if group.value not in done)
     if all(group.reason for group in groups):
         return before
-    keeps = before.keeps_db
-    if keeps is None:
-        keeps = outputs_keep(model, trial_plan(model, recipe, target, sample), choose)
-        before = replace(before, keeps_db=keeps)
+    keeps = _keeps(before, recipe, target, sample, choose)
+    before = replace(before, keeps_db=keeps)
     goal = recipe.goal_sqnr_db or Recipe().goal_sqnr_db  # 0 is no goal: it only leaves no layer in float
     if keeps >= goal + _SAFE_DB:
         return before
@@ -252,7 +248,10 @@ def _for_probabilities(
 ) -> Smoothed:
     """Grids of the probabilities in attention, and values with offsets that suit these: see `qonnx.probabilities`."""
     model, look = before.model, Look()
-    found = list(attentions(model, place(model, recipe, target), look.groups(model)))
+    draft = place(model, recipe, target)
+    found = list(attentions(model, draft, look.groups(model))) if draft.probabilities else []
+    if not found:
+        return before
     grids = choose_grids(
         model,
         found,
@@ -267,9 +266,7 @@ def _for_probabilities(
         return before
     plans = tuple(look.plan(rescaling, {}) for rescaling in grids.rescalings)
     changed = apply(model, plans)
-    keeps = before.keeps_db
-    if keeps is None:
-        keeps = outputs_keep(model, trial_plan(model, recipe, target, sample), choose)
+    keeps = _keeps(before, recipe, target, sample, choose)
     would = outputs_keep(changed, trial_plan(changed, recipe, target, sample, known=grids.ranges), choose)
     gain = _gain(keeps, would)
     what = (
@@ -286,6 +283,20 @@ def _for_probabilities(
         keeps_db=would,
         probabilities=grids.ranges,
     )
+
+
+def _keeps(
+    what: Smoothed,
+    recipe: Recipe,
+    target: Target,
+    sample: Sequence[Batch],
+    choose: Sequence[Batch],
+    statistics: Statistics | None = None,
+) -> float:
+    """What the worst output keeps in a trial; measured once."""
+    if what.keeps_db is not None:
+        return what.keeps_db
+    return outputs_keep(what.model, trial_plan(what.model, recipe, target, sample, statistics), choose)
 
 
 def _with_offsets(plans: tuple[SmoothPlan, ...], more: Sequence[SmoothPlan]) -> tuple[SmoothPlan, ...]:

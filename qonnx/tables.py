@@ -64,7 +64,7 @@ def result_tables(result: Result) -> list[Text]:
         ("weights", _share(result.quantized_bytes, result.float_bytes)),
         ("", _without_lookups(result)),
         ("time", stages),
-        *(("prepared", note) for note in result.notes),
+        *(("graph", note) for note in result.notes),
     ]
     lines += [Text(), *columns([fact for fact in facts if fact[1]], right=0)]
     if result.comparison.outputs:

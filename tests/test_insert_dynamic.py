@@ -300,3 +300,11 @@ def test_tensorrt_has_no_integer_operators() -> None:
     plan = msgspec.structs.replace(planned("MatMul"), target="a800")
     with pytest.raises(TargetError, match="cannot be imported on target a800; use format qdq, or target ort-cpu"):
         InsertDynamic(plan)(layer("MatMul"))
+
+
+def test_an_activation_that_no_edge_reads_is_left_alone() -> None:
+    """As in a plan that was edited by hand."""
+    plan = quant_plan(dynamic_plan("x", "", Dtype.UINT8, PerTensor()))
+    model = layer("MatMul")
+    assert not InsertDynamic(plan)(model).modified
+    assert operators(model) == ["MatMul"]
