@@ -64,6 +64,23 @@ def forward(model: Path, data: Path) -> tuple[float, float]:
     return time.perf_counter() - ready, ready - start
 
 
+def returned(model: Path, data: Path) -> tuple[float, float]:
+    """The same, and what is calibrated is returned and dropped: nothing that looks at activations can cost less."""
+    from qonnx.graph import load
+    from qonnx.runtime import session
+
+    start = time.perf_counter()
+    prepared = load(model)
+    values, _ = _observed(prepared)
+    known = {value.name: value for node in prepared.graph for value in node.outputs}
+    prepared.graph.outputs[:] = [known[name] for name in values if name in known]
+    runner = session(prepared)
+    ready = time.perf_counter()
+    for feeds in _read(data):
+        runner.run(feeds)
+    return time.perf_counter() - ready, ready - start
+
+
 def extremes(model: Path, data: Path) -> tuple[float, float]:
     """Our pass without distributions, and min-max ranges."""
     from qonnx.calibrators import MinMax
@@ -78,28 +95,40 @@ def everything(model: Path, data: Path) -> tuple[float, float]:
     return _ours(model, data, True, *Auto().candidates)
 
 
+def without_numba(model: Path, data: Path) -> tuple[float, float]:
+    """The same where numba is not installed."""
+    sys.modules["numba"] = None  # type: ignore[assignment]  # what the import system takes for absent
+    return everything(model, data)
+
+
 def _ours(model: Path, data: Path, distributions: bool, *calibrators: Any) -> tuple[float, float]:
     from qonnx.graph import load
     from qonnx.numerics import Dtype
     from qonnx.observation import Progress, observe
-    from qonnx.passes.prepare import prepare
-    from qonnx.placement import candidates, place
     from qonnx.ranges import calibrated
-    from qonnx.recipe import Recipe
-    from qonnx.targets import target
 
     start, seen = time.perf_counter(), list[Progress]()
     prepared = load(model)
-    prepare(prepared)
-    placement = place(prepared, Recipe(), target("a800"))
-    values = candidates(placement)
-    wanted = [value for value in values if value not in placement.probabilities]
+    values, wanted = _observed(prepared)
     statistics = observe(
         prepared, values, _read(data), distributions=wanted if distributions else (), progress=seen.append
     )
     for calibrator in calibrators:
         calibrated(wanted, statistics, calibrator, Dtype.INT8, symmetric=True)
     return seen[-1].seconds, time.perf_counter() - start - seen[-1].seconds
+
+
+def _observed(model: Any) -> tuple[list[str], list[str]]:
+    """Prepares a model; what is observed of it, and what of that is counted."""
+    from qonnx.passes.prepare import prepare
+    from qonnx.placement import candidates, place
+    from qonnx.recipe import Recipe
+    from qonnx.targets import target
+
+    prepare(model)
+    placement = place(model, Recipe(), target("a800"))
+    values = candidates(placement)
+    return list(values), [value for value in values if value not in placement.probabilities]
 
 
 def ort_minmax(model: Path, data: Path) -> tuple[float, float]:
@@ -147,8 +176,10 @@ def _peer(model: Path, data: Path, method: str, **options: int) -> tuple[float, 
 
 METHODS: dict[str, Callable[[Path, Path], tuple[float, float]]] = {
     "forward pass": forward,
+    "activations returned": returned,
     "qonnx: min-max only": extremes,
     "qonnx: everything": everything,
+    "qonnx: everything, NumPy": without_numba,
     "ONNX Runtime: min-max": ort_minmax,
     "ONNX Runtime: entropy": ort_entropy,
     "ONNX Runtime: percentile": ort_percentile,

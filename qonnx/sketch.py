@@ -22,6 +22,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from qonnx.counting import counting
+
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 # Mantissa bits that name a cell. Entropy calibration wants 2048 bins or more up to the largest magnitude: 2^11.
@@ -31,9 +33,6 @@ _SHIFT = 23 - MANTISSA_BITS
 _CELLS = 1 << (32 - _SHIFT)
 _SIGN = np.uint32(_CELLS >> 1)
 _INFINITE = np.uint32(0x7F800000 >> _SHIFT)
-
-# Elements converted at a time: the cell numbers (int64) of a chunk stay in the cache until they are counted.
-_CHUNK = 1 << 15
 
 # Elements that are worth fetching a table into the cache for.
 _HOLD = 1 << 18
@@ -144,6 +143,7 @@ class Counter:
         self._folded = Sketch(np.zeros(0, np.uint32), np.zeros(0, np.int64))
         self._held: list[Floats] = []
         self._lock = threading.Lock()
+        self._add = counting()  # here, not in a thread: the first call may compile it
 
     def add(self, x: npt.NDArray[Any]) -> None:
         """Counts the elements of an array of any shape and float type, as the float32 nearest to each.
@@ -156,19 +156,15 @@ class Counter:
                 self._count()
 
     def _count(self) -> None:
-        # ufunc.at adds into the table without making another, unlike bincount. Its index must be int64 and is best
-        # never negative: whether to wrap is a branch that signs, being random, mispredict.
-        index = np.empty(_CHUNK, np.int64)
         for x in self._held:
-            for start in range(0, x.size, _CHUNK):
-                patterns = x[start : start + _CHUNK].view(np.uint32)
+            for start in range(0, x.size, _FOLD_AT):
+                patterns = x[start : start + _FOLD_AT].view(np.uint32)
                 if self._pending > _FOLD_AT - patterns.size:
                     self._folded = self._folded.merge(_nonempty(self._table))
                     self._table.fill(0)
                     self._pending = 0
                 self._pending += patterns.size
-                np.right_shift(patterns, _SHIFT, out=index[: patterns.size])
-                np.add.at(self._table, index[: patterns.size], np.int32(1))
+                self._add(patterns, _SHIFT, self._table)
         self._held.clear()
 
     def sketch(self) -> Sketch:
