@@ -176,7 +176,7 @@ class GroupError:
         rows = np.ones((len(x), 1), np.float32)
         if linear.node.op_type in ("MatMul", "Gemm"):
             rows = loudness(np.einsum("gto,gto->t", y, y, dtype=np.float64)).astype(np.float32)[:, None]
-        return _Layer(x, y, low, high, weight, whole, index, rows, self._power(y, rows) or 1.0)
+        return _Layer(x, y, low, high, weight, whole, index, rows, self._power(y.copy(), rows) or 1.0)
 
     @property
     def measurable(self) -> bool:
@@ -198,9 +198,11 @@ class GroupError:
         return self._power(error, layer.rows)
 
     def _power(self, y: Array, rows: Array) -> float:
-        mean = (y * rows).sum(axis=1, keepdims=True) / rows.sum() if self._quantizers.correct_biases else 0.0
-        centred = y - mean
-        return float(np.vdot(centred, centred * rows))
+        """Of an array that nobody needs afterwards: it is overwritten."""
+        equal = bool((rows == 1).all())
+        if self._quantizers.correct_biases:
+            y -= rows.T @ y / rows.sum()
+        return float(np.vdot(y, y if equal else y * rows))
 
     def _activations(self, x: Array, low: Array, high: Array) -> Array:
         dtype = self._quantizers.activations

@@ -16,6 +16,7 @@ ONNX specification. Where these leave something open, or differ from each other:
 """
 
 import enum
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar, TypeAlias
 
@@ -51,37 +52,37 @@ class Dtype(enum.StrEnum):
     FLOAT8E5M2 = "float8e5m2"
     FLOAT4E2M1 = "float4e2m1"
 
-    @property
+    @functools.cached_property
     def onnx(self) -> ir.DataType:
         """The ONNX element type."""
         return ir.DataType[self.name]
 
-    @property
+    @functools.cached_property
     def numpy(self) -> np.dtype[Any]:
         """The numpy element type: one element per byte for types below 8 bits, from `ml_dtypes`."""
         return self.onnx.numpy()
 
-    @property
+    @functools.cached_property
     def bits(self) -> int:
         """Bits per element in an ONNX file."""
         return int(self.onnx.bitwidth)
 
-    @property
+    @functools.cached_property
     def signed(self) -> bool:
         """Whether the grid has negative values."""
         return self.onnx.is_signed()
 
-    @property
+    @functools.cached_property
     def is_integer(self) -> bool:
         """Whether the grid is evenly spaced and takes a zero point."""
         return self.onnx.is_integer()
 
-    @property
+    @functools.cached_property
     def minimum(self) -> float:
         """The lowest value, as a finite number."""
         return float(self.onnx.min)
 
-    @property
+    @functools.cached_property
     def maximum(self) -> float:
         """The largest value, as a finite number."""
         return float(self.onnx.max)
