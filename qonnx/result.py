@@ -14,7 +14,7 @@ from qonnx.diagnostics import Diagnostics
 from qonnx.graph import is_float
 from qonnx.group_report import GroupReport
 from qonnx.plan import QuantPlan
-from qonnx.recipe import Recipe
+from qonnx.recipe import Format, Recipe
 from qonnx.sensitivity import LayerCost
 
 
@@ -69,6 +69,11 @@ def warnings_of(
     listed = "; the layers that cost most are listed" if attempt.costs else ""
     if not attempt.plan.quantized_layers:
         warnings.append("no layer was quantized: the file computes what the float model computes")
+    if convolutions := _slow_convolutions(attempt.plan):
+        warnings.append(
+            f"{convolutions} convolutions are ConvInteger, which ONNX Runtime computes slowly (MobileNetV2 in 8 times "
+            "the time of float): measure, use recipe int8, or leave them in float (a rule with op: Conv, skip: true)"
+        )
     if not comparison.batches:
         return (*warnings, "no data were given: how much the outputs changed is not known")
     if not comparison.outputs:
@@ -89,6 +94,10 @@ def warnings_of(
     if calibrated and len(held.kept) == 1 and not held.shared:
         warnings.append("one batch was held back, on which choices were made too: give six batches or more")
     return tuple(warnings)
+
+
+def _slow_convolutions(plan: QuantPlan) -> int:
+    return sum(layer.op == "Conv" for layer in plan.quantized_layers) if plan.format is Format.DYNAMIC else 0
 
 
 def lookup_bytes(model: ir.Model, plan: QuantPlan) -> int:

@@ -31,6 +31,7 @@ from qonnx.passes.split_channels import Split, SplitChannels
 from qonnx.placement import Placement, candidates, place
 from qonnx.plan import SmoothPlan
 from qonnx.probabilities import ENDS, attentions, choose_grids
+from qonnx.producers import Kind
 from qonnx.ranges import Range
 from qonnx.rebatch import Batch, rows
 from qonnx.recipe import Recipe
@@ -228,7 +229,12 @@ def _with_nodes(
     before = replace(before, keeps_db=keeps)
     goal = recipe.goal_sqnr_db or Recipe().goal_sqnr_db  # 0 is no goal: it only leaves no layer in float
     if keeps >= goal + _SAFE_DB:
-        return before
+        costly = sum(bool(group.taps) or group.producer.kind is Kind.NONE for group in groups if not group.reason)
+        if not costly or isinstance(method, Equalization):
+            return before
+        note = f"{costly} groups of channels not {verb}: that takes nodes at run time, and without any the outputs keep"
+        note += f" {keeps:.1f} dB of the {goal:g} that are the goal (goal_sqnr_db)"
+        return replace(before, notes=(*before.notes, note))
     found = _find(model, method, draft, groups, _quantizers(recipe, target), sample, choose)
     if not found.nodes:
         return before

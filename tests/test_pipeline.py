@@ -186,6 +186,23 @@ def test_a_graph_with_nothing_to_quantize_is_written_and_says_so(tmp_path: Path)
     assert np.isfinite(session(tmp_path / "same.onnx").run(data()[0])["y"]).all()
 
 
+@pytest.mark.parametrize(
+    ("text", "recipe", "warned"),
+    [
+        ("{ y = Conv(x, w) }", "int8-dynamic", True),
+        ("{ y = Conv(x, w) }", "w8", False),
+        ("{ f = Flatten(x) y = MatMul(f, m) }", "int8-dynamic", False),
+    ],
+)
+def test_it_says_that_convolutions_are_slow_at_run_time(text: str, recipe: str, warned: bool, tmp_path: Path) -> None:
+    weight = "float[8,3,3,3] w" if "Conv" in text else "float[192,8] m"
+    result = "float[n,8,6,6] y" if "Conv" in text else "float[n,8] y"
+    model = model_of(f"g (float[n,3,8,8] x, {weight}) => ({result}) {text}", weights=weight.split()[1])
+    output = tmp_path / "q.onnx"
+    warnings = qonnx.quantize(model, None, output, recipe=recipe, target="ort-cpu").warnings
+    assert any("ConvInteger" in warning for warning in warnings) == warned
+
+
 def test_a_single_batch_serves_for_both_and_it_says_so(float_file: Path, tmp_path: Path) -> None:
     result = qonnx.quantize(float_file, data(1, rows=4), tmp_path / "quantized.onnx")
     assert result.held_out == 0
