@@ -1,11 +1,14 @@
 """What static INT8 leaves of a decoder: perplexity of SmolLM2-135M with every linear layer on integers.
 
-    python -m benchmarks.language [min-max] [percentile] [smoothquant] [smoothquant-auto] [os+] [combination] [worst]
+    python -m benchmarks.language [min-max] [percentile] [smoothquant] [smoothquant-auto] [os+] [best-of-both]
+                                  [combination] [worst]
 
 One scale per activation tensor, one per output channel of a weight, no zero points: what TensorRT takes. Each row
 quantizes all 211 linear layers and leaves none in float to rescue the result; in the last column the 60 products of
-attention are quantized, too, by the same plan. `worst` prints two rows: the combination, with those layers in float
-that cost most alone.
+attention are quantized, too, by the same plan. `best-of-both` takes for each group of channels the better one of
+SmoothQuant and OS+, with min-max ranges as in the rows before it; `combination` is what `qonnx quantize` does: the
+same, with the calibrator chosen on data. `worst` prints two rows: the combination, with those layers in float that cost
+most alone.
 
 Perplexity is measured on 16 excerpts of 255 tokens that nothing else sees. A change is the mean difference of their
 log-likelihoods, as a factor of the perplexity, with its standard error over the excerpts.
@@ -52,6 +55,7 @@ ROWS: Mapping[str, Sequence[str]] = {
     "smoothquant": [*MINMAX, "smooth={kind: smoothquant, alpha: 0.5}"],
     "smoothquant-auto": [*MINMAX, "smooth.kind=smoothquant"],
     "os+": [*MINMAX, "smooth.kind=outlier_suppression"],
+    "best-of-both": MINMAX,
     "combination": ["equalize.kind=none"],
 }
 WORST = "worst"
