@@ -55,12 +55,13 @@ def observers(model: ir.Model) -> Iterator[Observer]:
 
 @dataclasses.dataclass(frozen=True)
 class AddObservers(ir.passes.InPlacePass):
-    """Adds Size, ReduceMin, ReduceMax and ReduceSumSquare of each value as outputs; of some the value for the last.
+    """Adds Size, ReduceMin, ReduceMax and ReduceSumSquare of each value as outputs; of some the value itself instead.
 
     * Values of other float types are cast to float32 first: ONNX Runtime has no float16 reductions on the CPU, and a
       sum of squares overflows float16 at once.
     * Per channel, the reductions run over every axis but that of `channel_axes`; the extremes of the whole tensor
       are then taken from those of its channels.
+    * Whoever gets a value whole reads it once more anyway, and finds its extremes on the way: for less than the graph.
     * An empty tensor gives count 0, minimum +inf, maximum -inf and sum 0, as the ONNX specification says since opset
       20 and ONNX Runtime does at every opset.
     * Values inside the bodies of If, Loop and Scan cannot be observed: they have no single extent.
@@ -68,7 +69,8 @@ class AddObservers(ir.passes.InPlacePass):
     Attributes:
         values: names of float values of the main graph: inputs, or outputs of nodes.
         channel_axes: by value name, the axis of which each index is observed too; negative counts from the back.
-        elements: names among `values` of those that are returned whole, as float32; their squares are not summed.
+        elements: names among `values` of those that are returned whole, as float32, and of their reductions those of
+            channels only.
 
     Raises:
         ModelError: a value is not in the main graph, is not float, or its rank is unknown or too small for its axis.
@@ -100,20 +102,20 @@ class AddObservers(ir.passes.InPlacePass):
         x = value
         if value.dtype != ir.DataType.FLOAT:
             x = build.node("Cast", x, "float32", ir.DataType.FLOAT, value.shape, to=ir.DataType.FLOAT)
-        build.output(Statistic.COUNT, build.node("Size", x, "count", ir.DataType.INT64, ()))
         low = high = x
         if name in self.channel_axes:
             others, channels = _other_axes(value, self.channel_axes[name])
             low = build.reduce("ReduceMin", x, Statistic.CHANNEL_MINIMUM, others, channels)
             high = build.reduce("ReduceMax", x, Statistic.CHANNEL_MAXIMUM, others, channels)
-        build.reduce("ReduceMin", low, Statistic.MINIMUM)
-        build.reduce("ReduceMax", high, Statistic.MAXIMUM)
-        if name not in self.elements:
-            build.reduce("ReduceSumSquare", x, Statistic.SUM_SQUARES)
-        else:
+        if name in self.elements:
             if x.is_graph_input() or x.is_graph_output():  # a value is one input or one output, not both nor twice
                 x = build.node("Identity", x, "elements", ir.DataType.FLOAT, x.shape)
             build.output(Statistic.ELEMENTS, x)
+            return
+        build.output(Statistic.COUNT, build.node("Size", x, "count", ir.DataType.INT64, ()))
+        build.reduce("ReduceMin", low, Statistic.MINIMUM)
+        build.reduce("ReduceMax", high, Statistic.MAXIMUM)
+        build.reduce("ReduceSumSquare", x, Statistic.SUM_SQUARES)
 
 
 def _other_axes(value: ir.Value, axis: int) -> tuple[list[int], int | ir.SymbolicDim]:

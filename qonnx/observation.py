@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -90,7 +91,8 @@ def observe(
         values: names of float values of the main graph to observe; each is observed once, however often it is named.
         stream: batches, each one array per model input.
         distributions: names among `values` of those whose elements are also counted, as calibrators other than
-            `minmax`, `average` and `ema` need it. This costs more than the extremes, about 1.5 ns per element.
+            `minmax`, `average` and `ema` need it. This costs more than the extremes: about 0.8 ns per element with
+            numba, 1.7 without.
         channel_axes: by value name, the axis along which every index is observed too.
         device: where the model and the reductions run. Of the values only extremes and sums come back, and whole those
             in `distributions`.
@@ -211,9 +213,11 @@ class _Run:
     def _batch(self, number: int, runner: Session, feeds: Feeds) -> Statistics:
         self._begun.add(number)
         results = runner.run(feeds)
-        tensors = {name: self._measured(name, results) for name in self._outputs}
-        for name, counter in self._counters.items():
-            counter.add(results.pop(self._outputs[name][Statistic.ELEMENTS]))
+        tensors = {}
+        for name, outputs in self._outputs.items():
+            tensors[name] = self._measured(name, results)
+            if name in self._counters:
+                self._counters[name].add(results.pop(outputs[Statistic.ELEMENTS]))
         digest = Digest()
         digest.update(feeds)
         batch = Statistics(tensors, batches=1, samples=_samples(feeds), data=digest.hexdigest())
@@ -233,11 +237,14 @@ class _Run:
     def _measured(self, name: str, results: Results) -> TensorStatistics:
         """The extremes of one value in one batch."""
         parts = {statistic: results[output] for statistic, output in self._outputs[name].items()}
+        x = parts.get(Statistic.ELEMENTS)
         return from_batch(
-            count=int(parts[Statistic.COUNT]),
-            minimum=float(parts[Statistic.MINIMUM]),
-            maximum=float(parts[Statistic.MAXIMUM]),
-            sum_squares=float(parts.get(Statistic.SUM_SQUARES, 0.0)),  # of what is counted, the counts tell
+            count=int(parts[Statistic.COUNT]) if x is None else x.size,
+            minimum=float(parts[Statistic.MINIMUM] if x is None else x.min(initial=np.inf)),
+            maximum=float(parts[Statistic.MAXIMUM] if x is None else x.max(initial=-np.inf)),
+            sum_squares=float(parts[Statistic.SUM_SQUARES])
+            if x is None
+            else 0.0,  # of what is counted, the counts tell
             channel_axis=self._axes.get(name),
             channel_minimum=parts.get(Statistic.CHANNEL_MINIMUM),
             channel_maximum=parts.get(Statistic.CHANNEL_MAXIMUM),
