@@ -65,7 +65,7 @@ def forward(model: Path, data: Path) -> tuple[float, float]:
 
 
 def returned(model: Path, data: Path) -> tuple[float, float]:
-    """The same, and what is calibrated is returned and dropped: nothing that looks at activations can cost less."""
+    """The prepared model in such a session; what is calibrated is returned, and dropped."""
     from qonnx.graph import load
     from qonnx.runtime import session
 

@@ -29,16 +29,13 @@ def counting() -> Count:
         return by_numpy
     read_only = numba.types.Array(numba.uint32, 1, "C", readonly=True)  # arrays that may be written pass, too
     signature = numba.void(read_only, numba.uint32, numba.int32[::1])
-    compiled: Count
-    try:
-        compiled = numba.njit(signature, nogil=True, cache=True)(_loop)
-    except RuntimeError:  # no folder that it may keep compiled code in
-        compiled = numba.njit(signature, nogil=True)(_loop)
+    # Not kept on disk: compiling takes 0.3 s, hardly more than loading, and damaged files would end a run.
+    compiled: Count = numba.njit(signature, nogil=True)(_loop)
     return compiled
 
 
 def by_numpy(patterns: npt.NDArray[np.uint32], shift: int, table: Table) -> None:
-    """Counts patterns of any number in the cells `pattern >> shift` of a table, which grow in place."""
+    """Adds one to `table[pattern >> shift]` for each pattern, however many there are."""
     # ufunc.at adds into the table without making another, unlike bincount. Its index must be int64 and is best
     # never negative: whether to wrap is a branch that signs, being random, mispredict.
     index = np.empty(min(_CHUNK, patterns.size), np.int64)

@@ -198,7 +198,7 @@ class GroupError:
         return self._power(error, layer.rows)
 
     def _power(self, y: Array, rows: Array) -> float:
-        """Of an array that nobody needs afterwards: it is overwritten."""
+        """The power of results [groups, tokens, outputs], around their mean where biases take it up; overwrites `y`."""
         equal = bool((rows == 1).all())
         if self._quantizers.correct_biases:
             y -= rows.T @ y / rows.sum()

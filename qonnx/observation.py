@@ -26,7 +26,7 @@ from qonnx.sketch import Counter
 from qonnx.statistics import Statistics, TensorStatistics, from_batch, with_sketch
 
 # Batches that are run at a time, each on its share of the cores: observers are many small operators, which do not gain
-# from several cores, and counting takes the interpreter's lock and one core.
+# from several cores, and counting takes one core (and without numba the interpreter's lock).
 _WORKERS = 2
 
 # Batches whose extremes are merged at a time: merging copies the extremes of all batches so far.

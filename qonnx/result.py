@@ -16,6 +16,7 @@ from qonnx.group_report import GroupReport
 from qonnx.plan import QuantPlan
 from qonnx.recipe import Format, Recipe
 from qonnx.sensitivity import LayerCost
+from qonnx.text import count
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -71,8 +72,9 @@ def warnings_of(
         warnings.append("no layer was quantized: the file computes what the float model computes")
     if convolutions := _slow_convolutions(attempt.plan):
         warnings.append(
-            f"{convolutions} convolutions are ConvInteger, which ONNX Runtime computes slowly (MobileNetV2 in 8 times "
-            "the time of float): measure, use recipe int8, or leave them in float (a rule with op: Conv, skip: true)"
+            f"{count(convolutions, 'convolution')} with a range found at run time: ONNX Runtime computes ConvInteger "
+            "slowly, MobileNetV2 in 8 times the time of float on one CPU; measure, use recipe int8 (it needs data), or "
+            "leave them in float by a rule (op: Conv, skip: true)"
         )
     if not comparison.batches:
         return (*warnings, "no data were given: how much the outputs changed is not known")

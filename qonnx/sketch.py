@@ -15,6 +15,7 @@ logarithm read off the floating point format.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 import threading
@@ -139,9 +140,7 @@ class Counter:
     """
 
     def __init__(self) -> None:
-        # int32, half the width of a count: more cells in the cache. Mapped, and not np.zeros, which asks for pages of
-        # 2 MiB for so large an array: of each table 2 MiB or 4 would be in memory, instead of 0.3.
-        self._table = np.frombuffer(mmap.mmap(-1, 4 * _CELLS), np.int32)
+        self._table = np.frombuffer(_zeros(4 * _CELLS), np.int32)  # half the width of a count: more cells in the cache
         self._pending = 0
         self._folded = Sketch(np.zeros(0, np.uint32), np.zeros(0, np.int64))
         self._held: list[Floats] = []
@@ -175,6 +174,19 @@ class Counter:
         with self._lock:
             self._count()
             return self._folded.merge(_nonempty(self._table))
+
+
+def _zeros(size: int) -> mmap.mmap:
+    """Bytes of which only pages that are written are in memory.
+
+    Unlike those of np.zeros, which asks for huge pages for so large an array. A mapping that were not private would
+    hold what is read, too.
+    """
+    mapped = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            mapped.madvise(mmap.MADV_NOHUGEPAGE)
+    return mapped
 
 
 def _nonempty(table: npt.NDArray[np.int32]) -> Sketch:

@@ -40,6 +40,7 @@ from qonnx.smoothing import AutoSmoothing, Method, NoSmoothing, decide
 from qonnx.splitting import find_splits, repeated
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
+from qonnx.text import count
 from qonnx.trial import activation_dtype, outputs_keep, trial_plan
 
 # What smoothing must gain at the outputs to be kept: less is as likely chance, and so is more where few samples tell.
@@ -229,12 +230,9 @@ def _with_nodes(
     before = replace(before, keeps_db=keeps)
     goal = recipe.goal_sqnr_db or Recipe().goal_sqnr_db  # 0 is no goal: it only leaves no layer in float
     if keeps >= goal + _SAFE_DB:
-        costly = sum(bool(group.taps) or group.producer.kind is Kind.NONE for group in groups if not group.reason)
-        if not costly or isinstance(method, Equalization):
-            return before
-        note = f"{costly} groups of channels not {verb}: that takes nodes at run time, and without any the outputs keep"
-        note += f" {keeps:.1f} dB of the {goal:g} that are the goal (goal_sqnr_db)"
-        return replace(before, notes=(*before.notes, note))
+        if isinstance(method, AutoSmoothing):  # equalization with nodes is for few networks, and gains little there
+            before = replace(before, notes=before.notes + _not_tried(groups, verb, keeps, goal))
+        return before
     found = _find(model, method, draft, groups, _quantizers(recipe, target), sample, choose)
     if not found.nodes:
         return before
@@ -247,6 +245,17 @@ def _with_nodes(
         return replace(before.then(changed, found.plans, reports, note), keeps_db=would)
     note = f"not {verb} with {found.nodes} nodes at run time: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
     return replace(before, notes=(*before.notes, note))
+
+
+def _not_tried(groups: Sequence[SmoothGroup], verb: str, keeps: float, goal: float) -> tuple[str, ...]:
+    """That more could be done at run time, where it could."""
+    costly = sum(bool(group.taps) or group.producer.kind is Kind.NONE for group in groups if not group.reason)
+    if not costly:
+        return ()
+    return (
+        f"{count(costly, 'group')} of channels would take nodes at run time to be {verb}: not tried, as the outputs "
+        f"keep {keeps:.1f} dB in a trial; below {goal + _SAFE_DB:g} dB (goal_sqnr_db and 3 more) they are",
+    )
 
 
 def _for_probabilities(

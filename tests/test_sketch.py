@@ -1,3 +1,7 @@
+import mmap
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,3 +118,25 @@ def test_a_full_table_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_counts_beyond_32_bits_add_up() -> None:
     many = Sketch(np.array([5], np.uint32), np.array([2**40], np.int64))
     assert many.merge(many).counts.tolist() == [2**41]
+
+
+def test_threads_may_add_to_one_counter() -> None:
+    x = np.random.default_rng(0).normal(size=(8, 400_000)).astype(np.float32)
+    counter = Counter()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(counter.add, x))
+    assert_equal(counter.sketch(), sketch(x))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+def test_a_table_holds_little_memory() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    x = np.random.default_rng(0).normal(size=1 << 18).astype(np.float32)
+    sketch(x)
+    before, counters = resident(), [Counter() for _ in range(50)]
+    for counter in counters:
+        counter.add(x)
+        counter.sketch()
+    assert resident() - before < len(counters) << 20
