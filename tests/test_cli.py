@@ -587,7 +587,8 @@ def test_lint_finds_and_repairs(qonnx_: Qonnx, folder: Path) -> None:
     assert (clean.code, clean.err) == (0, "")
     assert not [entry for entry in json.loads(clean.out)["findings"] if entry["severity"] == "error"]
     text = "g (float[4,32] x, float[32,32] w, float s, uint8 z) => (float[4,32] y) "
-    nodes = "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, w) }"
+    named = "[quantize_a_tensor_whose_name_is_longer_than_a_column]"
+    nodes = f"{{ {named} q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, w) }}"
     bad = model_of(text + nodes, weights="w s z", scale=3.0)
     for name, value in (("s", np.float32(0.1)), ("z", np.uint8(128))):
         bad.graph.initializers[name].const_value = ir.tensor(value, name=name)
@@ -595,8 +596,14 @@ def test_lint_finds_and_repairs(qonnx_: Qonnx, folder: Path) -> None:
     found = qonnx_("lint bad.onnx --json")
     assert found.code == 1
     assert {entry["severity"] for entry in json.loads(found.out)["findings"]} >= {"error"}
+    names = {entry["node"] for entry in json.loads(found.out)["findings"]}
+    assert len(max(names, key=len)) > 40
+    listed = qonnx_("lint bad.onnx")
+    assert listed.code == 1
+    assert all(name in listed.out for name in names), "a folded name cannot be searched for"
     fixed = qonnx_("lint bad.onnx --fix -o fixed.onnx")
     assert (fixed.code, fixed.err) == (0, "")
+    assert re.search(r"^E1 .* quantize_a_tensor_whose_name_is_longer_than_a_column$", fixed.out, re.MULTILINE)
     assert qonnx_("lint fixed.onnx").code == 0
     assert_refused(qonnx_("lint bad.onnx --fix"), folder, listing(folder), "--output")
 

@@ -1,6 +1,6 @@
 """Each rule has graphs that break it and graphs that do not; the compiler itself judges the errors."""
 
-import io
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
 from qonnx.comparison import compare
 from qonnx.engine import build_engine
@@ -22,7 +21,7 @@ from qonnx.exporter import export
 from qonnx.graph import save
 from qonnx.linter import Finding, Fixed, Repair, Severity, fix, lint
 from qonnx.linter.errors import ERRORS, e12_format
-from qonnx.linter.table import findings_table, fixes_table
+from qonnx.linter.table import findings_lines, fixes_lines
 from qonnx.linter.view import Site, quantizer_of
 from qonnx.linter.warnings import WARNINGS
 from qonnx.pipeline import quantize
@@ -630,18 +629,19 @@ def test_what_cannot_be_repaired_is_left_and_still_reported(reason: str) -> None
     assert operators(fixed.model) == operators(model)
 
 
-def test_findings_are_data_and_tables() -> None:
+def test_findings_are_data_and_lines() -> None:
     findings = [finding for case in (*ERROR_CASES, *WARNING_CASES) for finding in lint(case.model)]
     assert msgspec.json.decode(msgspec.json.encode(findings), type=list[Finding]) == findings
-    output = io.StringIO()
-    console = Console(width=200, file=output)
-    console.print(findings_table(findings), findings_table(()), fixes_table(fix(EXACT_CASES[0][1]).fixes))
-    text = output.getvalue()
+    text = "\n".join(line.plain for line in (*findings_lines(findings), *findings_lines(())))
     errors = len(ERROR_CASES)
     assert f"{errors} errors, {len(findings) - errors} warnings" in text
-    assert "... and 2 more" in text
-    assert "nothing found" in text
-    assert "shifted" in text
+    assert re.search(r"  \.\.\. and \d+ more\n", text)
+    assert text.endswith("nothing found")
+    shown = [finding for finding in findings if f"  {finding.node}: {finding.message}\n" in text]
+    assert {finding.rule for finding in shown} == {finding.rule for finding in findings}
+    repairs = [line.plain for line in fixes_lines(fix(EXACT_CASES[0][1]).fixes)]
+    assert repairs[0].startswith("rule  nodes")
+    assert "shifted" in repairs[1]
 
 
 @pytest.mark.rtx

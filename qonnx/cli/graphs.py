@@ -25,9 +25,12 @@ def lint(
 
     Exit code 1 when errors are left.
     """
+    import msgspec
+    from rich.text import Text
+
     from qonnx import linter
     from qonnx.graph import save
-    from qonnx.linter.table import findings_table, fixes_table
+    from qonnx.linter.table import findings_lines, fixes_lines
 
     if fix != (output is not None):
         raise OutputError("--fix and --output belong together: qonnx lint MODEL.onnx --fix -o FIXED.onnx")
@@ -36,17 +39,12 @@ def lint(
     if fixed is not None and output is not None:
         save(fixed.model, output)
     if json:
-        import msgspec
-
         report = {"findings": findings, "fixes": () if fixed is None else fixed.fixes}
         typer.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
     else:
-        from rich.console import Console
-
-        console = Console(highlight=False)
         if fixed is not None and fixed.fixes:
-            console.print(fixes_table(fixed.fixes))
-        console.print(findings_table(findings))
+            show([*fixes_lines(fixed.fixes), Text()])
+        show(findings_lines(findings))
     if any(finding.severity is linter.Severity.ERROR for finding in findings):
         raise typer.Exit(1)
 
