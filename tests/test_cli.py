@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -580,6 +581,22 @@ def test_the_whole_way(qonnx_: Qonnx, folder: Path, monkeypatch: pytest.MonkeyPa
     done = qonnx_("compare linear.onnx linear-int8.onnx --data data --max-batches 3")
     assert (done.code, done.err) == (0, "")
     assert done.out.splitlines()[0].endswith("on 3 batches")
+
+
+@pytest.mark.rtx
+def test_the_command_that_is_suggested_runs_where_sizes_are_dynamic(qonnx_: Qonnx, folder: Path) -> None:
+    text = "g (float[batch,sequence,32] x, float[32,32] w) => (float[batch,sequence,32] y) { y = MatMul(x, w) }"
+    ir.save(model_of(text, weights="w"), folder / "sequence.onnx")
+    (folder / "my data").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        np.savez(folder / "my data" / f"{number}.npz", x=rng.standard_normal((4, 3 + number, 32)).astype(np.float32))
+    done = qonnx_("quantize sequence.onnx -o out.onnx --data", "my data")
+    suggested = shlex.split(done.out.splitlines()[-1])
+    assert suggested[:2] == ["next:", "qonnx"]
+    built = qonnx_(suggested[2], *suggested[3:])
+    assert (built.code, built.err) == (0, "")
+    assert re.search(r"^shapes +x 1x3x32 4x\d+x32 4x10x32$", built.out, re.MULTILINE)
 
 
 def test_lint_finds_and_repairs(qonnx_: Qonnx, folder: Path) -> None:

@@ -24,7 +24,7 @@ from qonnx.cli.shared import (
     to_json,
     writing,
 )
-from qonnx.errors import DataError, RecipeError
+from qonnx.errors import DataError, EngineError, RecipeError
 from qonnx.progress import calibrating, working
 
 
@@ -239,7 +239,19 @@ def quantize(
     if result.warnings and result.plan.quantized_layers:
         suggest("compare", model, output, "--data", data or "FOLDER", "--layers")
     elif not result.warnings and find_target(target).compute_capability:
-        suggest("engine", output, "-o", output.with_suffix(".plan"), "--target", target)
+        suggest("engine", output, "-o", output.with_suffix(".plan"), "--target", target, *_sizes(output, data))
+
+
+def _sizes(model: Path, data: Path | None) -> tuple[str | Path, ...]:
+    """The option that gives an engine the sizes of dynamic dimensions; none where it needs no sizes."""
+    from qonnx.engine.profiles import profiles_of
+    from qonnx.graph import load
+
+    try:
+        profiles_of(load(model))
+    except EngineError:  # a dimension other than the batch is dynamic
+        return "--data", data or "FOLDER"
+    return ()
 
 
 def compare(

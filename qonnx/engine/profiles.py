@@ -66,7 +66,7 @@ def _range(name: str, axis: int, size: int | str, ranges: Mapping[int | str, Ran
     if size in ranges and (size or axis == 0):  # what has no name can only be told by its place
         return _ascending(where, ranges[size])
     remedy = (
-        f"dims={{{size!r}: (1, 128, 256)}} or --dim {size}=1,128,256"
+        f"dims={{{size!r}: (1, 128, 256)}} or --dim {size}=1,128,256, or data to take sizes from"
         if size
         else f"profiles={{{name!r}: (smallest, usual, largest)}}"
     )
