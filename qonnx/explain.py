@@ -23,11 +23,24 @@ def explain(error: msgspec.ValidationError, kind: Any) -> str:
     found = _types_at(place, kind)
     tagged = [each for each in found if isinstance(each, inspect.StructType) and each.tag is not None]
     said = f"{message} in {place}" if place else message
+    if message.startswith("unknown key"):
+        return f"{said}: {_keys(found, message.split('`')[1])}"
     if choices := list(dict.fromkeys(_values(found))):
         return f"{said}: choose one of {', '.join(choices)}"
     if tagged and (message.startswith("Expected") or message == f"missing required field `{tagged[0].tag_field}`"):
         return f"{said}: give {tagged[0].tag_field}, one of {', '.join(str(each.tag) for each in tagged)}"
     return said
+
+
+def _keys(found: Iterable[inspect.Type], key: str) -> str:
+    """Which kinds have a key that this one has not, or else the keys that there are."""
+    structs = [each for each in found if isinstance(each, inspect.StructType)]
+    owners = [each for each in structs if key in (field.encode_name for field in each.fields)]
+    if owners:
+        return f"only {owners[0].tag_field} {', '.join(str(each.tag) for each in owners)} has it"
+    tags = [each.tag_field for each in structs if each.tag_field is not None]
+    names = [field.encode_name for each in structs for field in each.fields]
+    return f"choose one of {', '.join(dict.fromkeys((*tags, *names)))}"
 
 
 def _types_at(place: str, kind: Any) -> list[inspect.Type]:

@@ -136,6 +136,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         ModelError: the file is missing, is not an ONNX model, is cut short, or its external data are.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; give an ONNX file, such as `qonnx export` makes of a Hugging Face one")
     if not path.is_file():
         raise ModelError(f"{path}: no such file; give the path of an ONNX model")
     try:

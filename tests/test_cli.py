@@ -171,7 +171,7 @@ def folder_instead(path: Path) -> None:
 
 BAD_MODELS: dict[str, tuple[Setup, str]] = {
     "missing": (both(Path.unlink), "no such file"),
-    "a folder": (both(folder_instead), "no such file"),
+    "a folder": (both(folder_instead), "is a folder; give an ONNX file"),
     "empty": (both(lambda path: path.write_bytes(b"")), "not an ONNX model"),
     "text": (both(lambda path: path.write_text("this is no model\n" * 9)), "not a readable ONNX model"),
     "noise": (both(lambda path: path.write_bytes(bytes(range(256)) * 9)), "not a readable ONNX model"),

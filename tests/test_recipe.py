@@ -86,7 +86,9 @@ DTYPES = ", ".join(Dtype)
         ("rules=[{match: {}, weights: {clip: x}}]", "in rules[0].weights.clip: choose one of none, mse"),
         ("rules=[{match: {}, activations: {calibrator: {kind: x}}}]", f"choose one of {CALIBRATORS}"),
         (BLOCKED + ", block_size: x}", "Expected `int`, got `str` in weights.granularity.block_size"),
-        (BLOCKED + ", size: 3}", "unknown key `size` in weights.granularity"),
+        (BLOCKED + ", size: 3}", "unknown key `size` in weights.granularity: choose one of kind, block_size"),
+        ("weights.dtyp=int8", "unknown key `dtyp` in weights: choose one of dtype, granularity, clip, rounding"),
+        ("activations.calibrator.percentile=99", "`percentile` in activations.calibrator: only kind percentile has it"),
     ],
 )
 def test_a_wrong_choice_names_the_right_ones(setting: str, end: str) -> None:
