@@ -31,12 +31,13 @@ from qonnx.plan import QuantPlan, SmoothPlan
 from qonnx.planner import make_plan
 from qonnx.ranges import Range, calibrated
 from qonnx.rebatch import Batch, rows
-from qonnx.recipe import Recipe
+from qonnx.recipe import Format, Recipe
 from qonnx.runtime import with_outputs
 from qonnx.sensitivity import LayerCost, layer_costs, most_costly
 from qonnx.statistics import Statistics
+from qonnx.stored_weights import with_stored_weights
 from qonnx.targets import Target
-from qonnx.weight_rounding import asks_for_data, round_weights
+from qonnx.weight_rounding import Rounded, asks_for_data, round_weights
 
 # At most one layer in so many is left in float to reach the recipe's goal, and always one.
 _LARGEST_SHARE_LEFT = 4
@@ -155,17 +156,36 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
 def only_attempt(job: Job) -> Attempt:
     """Plans and writes in a format that measures activations when the model runs, or not at all."""
     plan = make_plan(job.prepared, Statistics({}), {}, job.recipe, job.target)
-    return write(job, plan)
+    rounded = round_weights(job.prepared, plan, job.sample)
+    if corrects_stored_weights(job.recipe) and job.sample:
+        stored = with_stored_weights(rounded.model, rounded.plan)
+        corrected = correct_biases(job.prepared, rounded.plan, job.sample, stored)
+        rounded = rounded._replace(plan=corrected)
+    return write(job, rounded.plan, rounded)
 
 
-def write(job: Job, plan: QuantPlan) -> Attempt:
+def corrects_stored_weights(recipe: Recipe) -> bool:
+    """Whether biases take up what rounded weights alone do to the mean, in a format whose activations are not measured.
+
+    Not where activations have one range found at run time: what rounding these does to the mean is as large, and not
+    known beforehand.
+    """
+    return recipe.correct_biases and recipe.format in (Format.WEIGHT_ONLY, Format.PER_TOKEN)
+
+
+def write(job: Job, plan: QuantPlan, rounded: Rounded | None = None) -> Attempt:
     """Writes the quantized model and compares it with the original where there are batches to choose on.
+
+    Args:
+        job: what to write, and where.
+        plan: what to write.
+        rounded: the same with the codes of its weights, where these were chosen before.
 
     Raises:
         RecipeError: the plan does not fit the model.
         ModelError: what came out is not valid ONNX.
     """
-    rounded = round_weights(job.prepared, plan, job.sample)
+    rounded = rounded or round_weights(job.prepared, plan, job.sample)
     quantized = rounded.model.clone()
     insert(quantized, rounded.plan)
     DropBounds()(quantized)
@@ -267,5 +287,5 @@ def _stamp(model: ir.Model, plan: QuantPlan, job: Job) -> None:
     recipe = msgspec.json.encode(job.recipe).decode() if plan.recipe == job.recipe.name else plan.recipe
     model.metadata_props["qonnx.recipe"] = recipe
     model.metadata_props["qonnx.target"] = job.target.name
-    if (plan.format.calibrated or asks_for_data(plan)) and job.digest:
+    if (plan.format.calibrated or asks_for_data(plan) or plan.biases) and job.digest:
         model.metadata_props["qonnx.calibration_data"] = job.digest

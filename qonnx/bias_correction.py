@@ -31,7 +31,12 @@ from qonnx.runtime import session
 _AXES_ARE_AN_INPUT = 18
 
 
-def correct_biases(model: ir.Model, plan: QuantPlan, batches: Iterable[Mapping[str, npt.NDArray[Any]]]) -> QuantPlan:
+def correct_biases(
+    model: ir.Model,
+    plan: QuantPlan,
+    batches: Iterable[Mapping[str, npt.NDArray[Any]]],
+    quantized: ir.Model | None = None,
+) -> QuantPlan:
     """Returns the plan with a bias correction for every quantized layer that has a bias or can be given one for free.
 
     A correction is shrunk towards 0 where it is not much larger than its own uncertainty over the samples (the first
@@ -41,11 +46,12 @@ def correct_biases(model: ir.Model, plan: QuantPlan, batches: Iterable[Mapping[s
         model: the prepared float model that the plan was made for; it is not changed.
         plan: without corrections.
         batches: some calibration batches; a few hundred samples are plenty.
+        quantized: what shows the rounding, with the nodes of the model. None for what the plan writes in Q/DQ.
     """
     edges = bias_edges(model, plan)
     if not edges:
         return plan
-    joint, outputs, _ = side_by_side(model, plan, edges)
+    joint, outputs, _ = side_by_side(model, plan, edges, quantized)
     runner = session(joint)
     seen = {name: _Moments() for name in outputs}
     for batch in batches:
@@ -124,10 +130,13 @@ class SideBySide(NamedTuple):
     twins: dict[str, ir.Value]
 
 
-def side_by_side(model: ir.Model, plan: QuantPlan, edges: Mapping[ir.Node, Edge]) -> SideBySide:
+def side_by_side(
+    model: ir.Model, plan: QuantPlan, edges: Mapping[ir.Node, Edge], quantized: ir.Model | None = None
+) -> SideBySide:
     """Builds the graph; the result of every layer in `edges` is moved to the mean of its float twin."""
-    quantized = model.clone()
-    InsertQDQ(plan)(quantized)
+    if quantized is None:
+        quantized = model.clone()
+        InsertQDQ(plan)(quantized)
     joint = model.clone()
     graph, names = joint.graph, Names(joint)
     graph.outputs.clear()

@@ -21,7 +21,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qonnx.activation_scales import channel_axes
-from qonnx.attempts import Job, best_attempt, only_attempt, write
+from qonnx.attempts import Job, best_attempt, corrects_stored_weights, only_attempt, write
 from qonnx.calibrators import EXTREMES
 from qonnx.comparison import NOTHING_COMPARED, compare
 from qonnx.data import HoldOut, batches, expected_rows
@@ -204,7 +204,7 @@ def quantize(
         leave = {} if skip_unprofitable is None else _unprofitable(prepared, chosen, consumer, skip_unprofitable)
         stream = iter(held)
         rounds = _rounds_by_data(chosen) if given is None else asks_for_data(given)
-        learns = calibrated or rounds
+        learns = calibrated or rounds or (given is None and corrects_stored_weights(chosen))
         sample = _first(stream, everything=rounds)
         lost = unmatched(prepared.graph, chosen) if given is None else ()
         if given is not None:
