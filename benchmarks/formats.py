@@ -48,7 +48,12 @@ class Row(NamedTuple):
 _NEAREST = ("weights.rounding=nearest",)
 _STATIC = (Row("a800", "int8"), Row("ort-cpu", "int8"), Row("ort-cpu", "int8-qoperator"))
 _AT_RUN_TIME = (Row("ort-cpu", "int8-dynamic"), Row("ort-cpu", "int8-per-token"))
-_WEIGHTS = (Row("ort-cpu", "w8"), Row("ort-cpu", "w4-block32"), Row("a800", "w4"))
+_WEIGHTS = (
+    Row("ort-cpu", "w8"),
+    Row("ort-cpu", "w8", ("correct_biases=false",)),
+    Row("ort-cpu", "w4-block32"),
+    Row("a800", "w4"),
+)
 _ROUNDING = (Row("ort-cpu", "w4-block32", _NEAREST), Row("a800", "w4", _NEAREST))
 _BERT = (Row("a800", "bert-int8-mode1"), Row("a800", "bert-int8-mode2"))
 ROWS: Mapping[str, Sequence[Row]] = {

@@ -67,7 +67,7 @@ class Job:
         prepared: the same in normal form.
         recipe: resolved for the target.
         target: the consumer of the quantized graph.
-        sample: some of the batches that calibration saw, for bias correction.
+        sample: some of the batches that are not held back, for bias correction and GPTQ.
         choose: the held-back batches that choices are made on; none for a format that needs no calibration, or for
             a plan that was given.
         digest: of the calibration data, or "".
@@ -167,7 +167,7 @@ def only_attempt(job: Job) -> Attempt:
 def corrects_stored_weights(recipe: Recipe) -> bool:
     """Whether biases take up what rounded weights alone do to the mean, in a format whose activations are not measured.
 
-    Not where activations have one range found at run time: what rounding these does to the mean is as large, and not
+    Not where activations have one range found at run time: rounding these moves the mean, too, and by what is not
     known beforehand.
     """
     return recipe.correct_biases and recipe.format in (Format.WEIGHT_ONLY, Format.PER_TOKEN)

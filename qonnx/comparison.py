@@ -127,7 +127,7 @@ def compare(
         ModelError: a model does not load, or the two differ in their inputs or outputs.
         DataError: the data do not fit the reference.
     """
-    original, quantized = session(_runnable(reference)), session(candidate)
+    original, quantized = session(_runnable(reference)), session(_runnable(candidate))
     _check_same_names("input", [spec.name for spec in original.inputs], [spec.name for spec in quantized.inputs])
     _check_same_names("output", original.outputs, quantized.outputs)
     outputs = {name: _Sums() for name in original.outputs}

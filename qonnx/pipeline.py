@@ -158,14 +158,14 @@ def quantize(
         model: path of a float ONNX model, or the model itself (it is not changed).
         data: calibration batches, see `qonnx.data.batches`; a single large one is cut into parts. One batch in four is
             held back, up to four, or more when they are small; the first half of these serves to choose on, the other
-            to judge by. Formats that measure no activation beforehand take None, too: then nothing is compared, and
-            weights are rounded to nearest. They are judged by all that was held back, and by the first eight batches,
-            or more when they are small, where no weight was rounded by them.
+            to judge by. Formats that measure no activation beforehand take None, too: then nothing is compared,
+            weights are rounded to nearest, and biases stay. They are judged by all that was held back, and by the first
+            eight batches, or more when they are small, where nothing was learned from them.
         output: where the quantized model goes. Nothing is written when anything fails.
         recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
         target: the consumer of the graph, see `qonnx.targets`.
         settings: `key=value` changes to the recipe, such as `activations.calibrator.kind=average`.
-        plan: use this plan instead of making one; the data then only serve the comparison.
+        plan: use this plan instead of making one; the data then only serve the comparison, and GPTQ where it says so.
         statistics: what `calibrate` measured, as a file or a value; the data then serve the comparison, the bias
             correction and the choice of `auto`. They are those of the model without smoothing, which is left out.
         max_batches: use at most this many batches.
@@ -204,7 +204,7 @@ def quantize(
         leave = {} if skip_unprofitable is None else _unprofitable(prepared, chosen, consumer, skip_unprofitable)
         stream = iter(held)
         rounds = _rounds_by_data(chosen) if given is None else asks_for_data(given)
-        learns = calibrated or rounds or (given is None and corrects_stored_weights(chosen))
+        learns = calibrated or rounds or (corrects_stored_weights(chosen) if given is None else bool(given.biases))
         sample = _first(stream, everything=rounds)
         lost = unmatched(prepared.graph, chosen) if given is None else ()
         if given is not None:

@@ -186,7 +186,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             than this signal-to-noise ratio.
         goal_sqnr_db: when an output of the quantized model keeps less than this, the layers that cost most are left in
             float, at most a quarter of all; 0 to never do that.
-        correct_biases: whether biases take up the shift of the mean that rounding causes.
+        correct_biases: whether biases take up the shift of the mean that rounding causes. It is measured on data; in
+            format dynamic it never is.
         format: how quantization is written into the graph.
         operators: which operators may be written.
         rules: exceptions for single nodes.

@@ -25,13 +25,16 @@ def with_stored_weights(model: ir.Model, plan: QuantPlan) -> ir.Model:
     stored = model.clone()
     names, nodes = Names(stored), {node.name: node for node in stored.graph}
     for tensor in plan.weights:
-        weight = stored.graph.initializers[tensor.value].const_value
+        old = stored.graph.initializers[tensor.value]
+        weight = old.const_value
         assert weight is not None, tensor.value
         value = ir.Value(name=names.fresh(f"{tensor.value}_stored"), type=ir.TensorType(weight.dtype))
         value.shape, value.const_value = ir.Shape(weight.shape.numpy()), _rounded(weight, tensor)
         stored.graph.register_initializer(value)
         for edge in tensor.edges:
             nodes[edge.node].replace_input_with(edge.input, value)
+        if not old.uses() and not old.is_graph_output():
+            del stored.graph.initializers[tensor.value]
     return stored
 
 

@@ -101,3 +101,29 @@ def test_ranges_found_at_run_time_leave_biases_alone(tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
     assert not qonnx.quantize(model, positive(8), output, recipe="int8-dynamic", target="ort-cpu").plan.biases
     assert qonnx.quantize(model, positive(8), output, recipe="w8", target="ort-cpu").plan.biases
+
+
+def test_a_plan_with_biases_is_judged_by_what_it_was_not_learned_from(tmp_path: Path) -> None:
+    model, output = model_of(NETWORK, weights="w v c", scale=0.5), tmp_path / "q.onnx"
+    first = qonnx.quantize(model, positive(12), output, recipe="w8", target="ort-cpu")
+    bytes_of_first = output.read_bytes()
+    again = qonnx.quantize(model, positive(12), output, recipe="w8", target="ort-cpu", plan=first.plan)
+    assert output.read_bytes() == bytes_of_first
+    assert again.held_out == first.held_out < 12
+    assert again.comparison == first.comparison
+
+
+def test_per_token_gains_by_corrected_biases(tmp_path: Path) -> None:
+    plain = mean_error(made(tmp_path, "int8-per-token", "correct_biases=false", data=positive(8)))
+    corrected = mean_error(made(tmp_path, "int8-per-token", data=positive(8)))
+    assert corrected.max() < 0.7 * plain.max()
+
+
+def test_weights_that_nobody_reads_any_more_are_not_kept() -> None:
+    model = model_of(NETWORK, weights="w v c", scale=0.5)
+    weight = TensorPlan("w", (Edge("conv", 1),), Dtype.INT8, PerAxis(0), (0.01,) * 16)
+    only = QuantPlan(
+        recipe="w8", target="ort-cpu", format=Format.WEIGHT_ONLY, activations=(), weights=(weight,), layers=()
+    )
+    assert "w" not in with_stored_weights(model, only).graph.initializers
+    assert "w" in model.graph.initializers

@@ -155,7 +155,7 @@ def quantize(
         typer.Option(
             metavar="FOLDER",
             help="Folder of .npz files, one batch each: an array per input of the model, under the input's name. "
-            "Recipes that measure nothing beforehand (`qonnx recipes`) need none; it then only serves the comparison.",
+            "Recipes that measure nothing beforehand (`qonnx recipes`) need none; with it, all but int8-dynamic gain.",
             show_default=False,
         ),
     ] = None,

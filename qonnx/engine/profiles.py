@@ -68,7 +68,7 @@ def _range(name: str, axis: int, size: int | str, ranges: Mapping[int | str, Ran
     remedy = (
         f"dims={{{size!r}: (1, 128, 256)}} or --dim {size}=1,128,256, or data to take sizes from"
         if size
-        else f"profiles={{{name!r}: (smallest, usual, largest)}}"
+        else f"profiles={{{name!r}: (smallest, usual, largest)}} in Python, or by the name that an export can give it"
     )
     raise EngineError(f"{where} is dynamic: give its smallest, usual and largest size, such as {remedy}")
 

@@ -27,7 +27,7 @@ def findings_lines(findings: Sequence[Finding]) -> list[Text]:
         group = list(alike)
         remedy = f"{group[0].rule}: {group[0].remedy}{_REPAIRS[group[0].repair]}"
         lines += [Text(), Text(remedy, _STYLES[severity])]
-        lines += [Text(f"  {finding.node}: {finding.message}") for finding in group[:_ROWS]]
+        lines += [line(f"  {finding.node}: {finding.message}") for finding in group[:_ROWS]]
         if len(group) > _ROWS:
             lines.append(line(f"  ... and {len(group) - _ROWS} more"))
     return lines
