@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qonnx.data import batches
 from qonnx.errors import ModelError
 from qonnx.graph import RESCALED, load
-from qonnx.runtime import INLINE_BYTES, Optimization, session, with_outputs
+from qonnx.runtime import Optimization, session, with_outputs
 
 Array = npt.NDArray[Any]
 ModelSource = ir.Model | str | os.PathLike[str]
@@ -127,7 +127,7 @@ def compare(
         ModelError: a model does not load, or the two differ in their inputs or outputs.
         DataError: the data do not fit the reference.
     """
-    original, quantized = session(_runnable(reference)), session(_runnable(candidate))
+    original, quantized = session(reference), session(candidate)
     _check_same_names("input", [spec.name for spec in original.inputs], [spec.name for spec in quantized.inputs])
     _check_same_names("output", original.outputs, quantized.outputs)
     outputs = {name: _Sums() for name in original.outputs}
@@ -289,14 +289,6 @@ class _Layers:
 
 def _graph(model: ModelSource) -> ir.Model:
     return model if isinstance(model, ir.Model) else load(model)
-
-
-def _runnable(model: ModelSource) -> ModelSource:
-    """The model, loaded where small tensors lie outside its file: ONNX Runtime finds no shapes there."""
-    loaded = _graph(model)
-    stored = (value.const_value for value in loaded.graph.initializers.values())
-    outside = any(isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= INLINE_BYTES for tensor in stored)
-    return loaded if outside else model
 
 
 def _group(pending: Sequence[str], known: Mapping[str, int]) -> list[str]:

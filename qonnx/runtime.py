@@ -208,16 +208,13 @@ def session(
     """
     providers = list(device.providers)
     ort = _import(providers)
-    source: str | bytes
+    graph, origin = _opened(model)
+    source: str | bytes = origin
     buffers: dict[str, Any] = {}
-    if isinstance(model, ir.Model):
-        origin = model.graph.name or "model"
-        source, buffers = _skeleton(model, origin)
-    else:
-        origin = source = os.fspath(model)
-        if not Path(model).is_file():
-            raise ModelError(f"{origin}: no such file; give the path of an ONNX model")
-    for level in tuple(Optimization) if optimize and not _misoptimized(model) else (Optimization.NONE,):
+    if graph is not None and (graph is model or _has_shapes_outside(graph)):
+        source, buffers = _skeleton(graph, origin)
+    misoptimized = graph is not None and _misoptimized(graph)
+    for level in tuple(Optimization) if optimize and not misoptimized else (Optimization.NONE,):
         options = ort.SessionOptions()
         options.log_severity_level = 4  # whatever goes wrong arrives as an exception, once
         options.intra_op_num_threads = threads
@@ -261,16 +258,30 @@ def _remedy(model: ir.Model | str | os.PathLike[str]) -> str:
     return ""
 
 
-def _misoptimized(model: ir.Model | str | os.PathLike[str]) -> bool:
+def _opened(model: ir.Model | str | os.PathLike[str]) -> tuple[ir.Model | None, str]:
+    """The graph, and what to call it; None for a file that cannot be read: ONNX Runtime says what is wrong with it."""
+    if isinstance(model, ir.Model):
+        return model, model.graph.name or "model"
+    origin = os.fspath(model)
+    if not Path(model).is_file():
+        raise ModelError(f"{origin}: no such file; give the path of an ONNX model")
+    try:
+        return ir.load(model), origin
+    except Exception:  # a damaged file
+        return None, origin
+
+
+def _has_shapes_outside(model: ir.Model) -> bool:
+    """Whether small tensors lie outside the model's file, where ONNX Runtime finds no shapes."""
+    stored = (value.const_value for value in model.graph.initializers.values())
+    return any(isinstance(tensor, ir.ExternalTensor) and tensor.nbytes <= INLINE_BYTES for tensor in stored)
+
+
+def _misoptimized(model: ir.Model) -> bool:
     """Whether a graph holds what ONNX Runtime 1.31 gets wrong when it optimizes: float8, or activations of many scales.
 
     It drops a Relu before a QuantizeLinear to float8, and makes products of both that it has no kernels for.
     """
-    if not isinstance(model, ir.Model):
-        try:
-            model = ir.load(model)
-        except Exception:  # ONNX Runtime says what is wrong with a file that cannot be read
-            return False
     weights = model.graph.initializers
     return any(value.dtype in _FLOAT8 for value in weights.values()) or any(map(_has_many_scales, model.graph))
 
