@@ -52,11 +52,13 @@ def data(count: int = 10, seed: int = 0, rows: int = 256) -> Batches:
     return [{"x": rng.uniform(-1, 1, (rows, 32)).astype(np.float32)} for _ in range(count)]
 
 
-def run(recipe: str, settings: tuple[str, ...] = (), text: str = PRE_NORM, outliers: float = 30.0) -> Smoothed:
+def run(
+    recipe: str, settings: tuple[str, ...] = (), text: str = PRE_NORM, outliers: float = 30.0, consumer: str = "a800"
+) -> Smoothed:
     prepared = model(text, outliers)
     prepare(prepared)
-    chosen = resolve(load_recipe(recipe, ("equalize.kind=none", *settings)), target("a800"))
-    return smoothed(prepared, chosen, target("a800"), data(4), data(1, seed=1))
+    chosen = resolve(load_recipe(recipe, ("equalize.kind=none", *settings)), target(consumer))
+    return smoothed(prepared, chosen, target(consumer), data(4), data(1, seed=1))
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int8-smoothquant", "int8-os+"])
@@ -176,6 +178,17 @@ def test_nodes_must_gain_a_decibel(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("int8", (MISSED,), POST_NORM)
     assert result.plans == ()
     assert result.notes[-1].startswith("not smoothed with ")
+
+
+@pytest.mark.parametrize(("consumer", "kept"), [("a800", True), ("ort-cpu", False)])
+def test_nodes_must_gain_more_where_convolutions_hand_each_other_integers(
+    consumer: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qonnx.smooth_choice._WORTH_NODES_BETWEEN_INTEGERS_DB", 100.0)
+    result = run("int8", ("goal_sqnr_db=99",), POST_NORM, consumer=consumer)
+    assert any(report.nodes for report in result.reports) == kept
+    assert any(note.startswith("smoothed") and "nodes at run time" in note for note in result.notes) == kept
+    assert any(note.startswith("not smoothed with ") for note in result.notes) != kept
 
 
 @pytest.mark.parametrize("rows", [1, 8])
