@@ -30,7 +30,7 @@ from rich.table import Table
 import qonnx
 from benchmarks.accuracy import float_file
 from qonnx.plan import QuantPlan
-from qonnx.recipe import Format
+from qonnx.recipe import Format, Operators
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 
@@ -93,17 +93,23 @@ def ours(recipe: str) -> Callable[[Path, Path, Sequence[Feeds]], None]:
     return make
 
 
-def integer_operators(source: Path, output: Path, batches: Sequence[Feeds]) -> None:
+def integer_operators(operators: Operators) -> Callable[[Path, Path, Sequence[Feeds]], None]:
     """The plan of `int8`, written as integer operators."""
-    plan = msgspec.structs.replace(QuantPlan.load(output.with_name("int8.json")), format=Format.QOPERATOR)
-    qonnx.quantize(source, list(batches), output, plan=plan, target="ort-cpu")
+
+    def make(source: Path, output: Path, batches: Sequence[Feeds]) -> None:
+        plan = QuantPlan.load(output.with_name("int8.json"))
+        plan = msgspec.structs.replace(plan, format=Format.QOPERATOR, operators=operators)
+        qonnx.quantize(source, list(batches), output, plan=plan, target="ort-cpu")
+
+    return make
 
 
 ROWS: dict[str, Callable[[Path, Path, Sequence[Feeds]], None]] = {
     "onnxruntime quantize_static": onnxruntime_static,
     "onnxruntime quantize_dynamic": onnxruntime_dynamic,
     "qonnx int8": ours("int8"),
-    "qonnx int8-qoperator": integer_operators,
+    "qonnx int8-qoperator": integer_operators(Operators.ONNX),
+    "... operators=microsoft": integer_operators(Operators.MICROSOFT),
     "qonnx int8-dynamic": ours("int8-dynamic"),
     "qonnx int8-per-token": ours("int8-per-token"),
     "qonnx w8": ours("w8"),

@@ -116,12 +116,31 @@ def test_leaves_blocked_weights_alone() -> None:
     leave_alone(QuantizeBiases(), model)
 
 
-def test_leaves_steps_alone_that_are_coarser_than_the_result() -> None:
-    """A bias that is far larger than the result, as where it cancels a constant input."""
+def with_steps(share: float) -> ir.Model:
+    """A graph whose bias would be rounded to this share of a step of the result."""
     model = model_of(CONV, weights="w b", scale=0.3)
     plan = planned(model)
-    coarse = plan.activations[0].scale[0] * plan.weights[0].scale[0]
-    fine = activation_plan("r", np.array([0, 255 * coarse], np.float32), "e:0")
-    InsertQDQ(quant_plan(plan.activations[0], fine, weights=plan.weights))(model)
-    leave_alone(QuantizeBiases(), model)
-    assert "Conv" in operators(model)
+    coarsest = plan.activations[0].scale[0] * max(plan.weights[0].scale)
+    result = activation_plan("r", np.array([0, 255 * coarsest / share], np.float32), "e:0")
+    return inserted(InsertQDQ(quant_plan(plan.activations[0], result, weights=plan.weights)), model)
+
+
+@pytest.mark.parametrize("share", [0.65, 2])
+def test_leaves_steps_alone_that_are_coarse_beside_those_of_the_result(share: float) -> None:
+    """A bias that is far larger than the result, as where it cancels a constant input."""
+    leave_alone(QuantizeBiases(), with_steps(share))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.55])
+def test_codes_of_the_result_move_by_one_at_most(share: float) -> None:
+    before = with_steps(share)
+    after = inserted(QuantizeBiases(), before)
+    assert operators(after).count("DequantizeLinear") == operators(before).count("DequantizeLinear") + 1
+    feeds = random_feeds(before)
+    codes = [
+        session(with_outputs(model, ["r_quantized"]), optimize=False).run(feeds)["r_quantized"].astype(int)
+        for model in (before, after)
+    ]
+    assert np.ptp(codes[0]) > 20
+    assert np.abs(codes[0] - codes[1]).max() <= 1
+    assert np.mean(codes[0] != codes[1]) <= 0.5 * share + 0.01
