@@ -35,7 +35,7 @@ def fitted(batch: Batch, inputs: Sequence[InputSpec]) -> Iterator[Batch]:
     """
     counts = {_multiple(batch[spec.name], spec.shape) for spec in inputs}
     count = counts.pop() if len(counts) == 1 else 1
-    yield from _cut(batch, count) if count > 1 else [batch]
+    yield from cut(batch, count) if count > 1 else [batch]
 
 
 def _multiple(array: Array, shape: tuple[int | str | None, ...] | None) -> int:
@@ -66,7 +66,7 @@ def spread(stream: Iterable[Batch], inputs: Sequence[InputSpec]) -> Iterator[Bat
         yield from iterator
         return
     count = min(_PARTS, rows(first)) if has_batch_axis(first, inputs) else 1
-    yield from _cut(first, count) if count >= _PARTS // 2 else [first]
+    yield from cut(first, count) if count >= _PARTS // 2 else [first]
 
 
 def has_batch_axis(batch: Batch, inputs: Sequence[InputSpec]) -> bool:
@@ -76,7 +76,8 @@ def has_batch_axis(batch: Batch, inputs: Sequence[InputSpec]) -> bool:
     return len(axes) == 1 and len(sizes) == 1 and not isinstance(axes.pop(), int)
 
 
-def _cut(batch: Batch, count: int) -> Iterator[Batch]:
+def cut(batch: Batch, count: int) -> Iterator[Batch]:
+    """The batch in so many parts, about equally large."""
     parts = {name: np.array_split(array, count) for name, array in batch.items()}
     for number in range(count):
         yield {name: arrays[number] for name, arrays in parts.items()}

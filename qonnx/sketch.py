@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from qonnx.counting import counting
+from qonnx.counting import Extremes, counting, extremes
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
@@ -37,7 +37,7 @@ _SIGN = np.uint32(_CELLS >> 1)
 _INFINITE = np.uint32(0x7F800000 >> _SHIFT)
 
 # Elements that are worth fetching a table into the cache for.
-_HOLD = 1 << 18
+_HOLD = 1 << 16
 
 # Elements after which the int32 table is emptied into int64 counts.
 _FOLD_AT = 2**31 - 1
@@ -147,32 +147,45 @@ class Counter:
         self._lock = threading.Lock()
         self._add = counting()  # here, not in a thread: the first call may compile it
 
-    def add(self, x: npt.NDArray[Any]) -> None:
+    def add(self, x: npt.NDArray[Any]) -> Extremes:
         """Counts the elements of an array of any shape and float type, as the float32 nearest to each.
 
         Small arrays are held until they are worth fetching the table into the cache for: do not change them afterwards.
-        """
-        with self._lock:
-            self._held.append(np.ascontiguousarray(x, np.float32).reshape(-1))
-            if sum(part.size for part in self._held) >= _HOLD:
-                self._count()
 
-    def _count(self) -> None:
+        Returns:
+            The smallest and the largest element; at least one of both is NaN if an element was.
+        """
+        flat = np.ascontiguousarray(x, np.float32).reshape(-1)
+        with self._lock:
+            if flat.size >= _HOLD:
+                return self._count(flat)
+            self._held.append(flat)
+            if sum(part.size for part in self._held) >= _HOLD:
+                self._count_held()
+        return extremes(flat)
+
+    def _count_held(self) -> None:
         for x in self._held:
-            for start in range(0, x.size, _FOLD_AT):
-                patterns = x[start : start + _FOLD_AT].view(np.uint32)
-                if self._pending > _FOLD_AT - patterns.size:
-                    self._folded = self._folded.merge(_nonempty(self._table))
-                    self._table.fill(0)
-                    self._pending = 0
-                self._pending += patterns.size
-                self._add(patterns, _SHIFT, self._table)
+            self._count(x)
         self._held.clear()
+
+    def _count(self, x: Floats) -> Extremes:
+        low, high = np.inf, -np.inf
+        for start in range(0, x.size, _FOLD_AT):
+            part = x[start : start + _FOLD_AT]
+            if self._pending > _FOLD_AT - part.size:
+                self._folded = self._folded.merge(_nonempty(self._table))
+                self._table.fill(0)
+                self._pending = 0
+            self._pending += part.size
+            least, most = self._add(part, _SHIFT, self._table)
+            low, high = float(np.minimum(low, least)), float(np.maximum(high, most))
+        return low, high
 
     def sketch(self) -> Sketch:
         """What was counted so far."""
         with self._lock:
-            self._count()
+            self._count_held()
             return self._folded.merge(_nonempty(self._table))
 
 

@@ -91,6 +91,12 @@ class TensorStatistics:
             sketch=_merge_sketches(self.sketch, other.sketch),
         )
 
+    def same_batch(self, other: TensorStatistics) -> TensorStatistics:
+        """The statistics of two parts of one batch."""
+        merged = self.merge(other)
+        low, high = np.array([[merged.minimum], [merged.maximum]], np.float32)
+        return dataclasses.replace(merged, batch_minima=low, batch_maxima=high)
+
 
 def _merge_channels(function: np.ufunc, left: Floats | None, right: Floats | None) -> Floats | None:
     if left is None or right is None:
