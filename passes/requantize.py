@@ -94,8 +94,8 @@ def bias_codes(
 ) -> npt.NDArray[np.int32] | None:
     """A bias in steps of the product of both scales, or None where it is not constant or does not fit.
 
-    It does not fit where those steps overflow, and where they are so coarse that rounding to them would show in the
-    result, whose scale is `result`.
+    It does not fit where those steps overflow, and where they are so coarse that rounding to them would move the
+    result, whose scale is `result`, by more than 0.3 of a step.
     """
     stored, x, w, y = constant(bias), scale_array(left), scale_array(right), constant(result)
     if stored is None or x is None or w is None or x.ndim or w.shape not in ((), (stored.size,)):

@@ -21,12 +21,13 @@ Extremes: TypeAlias = tuple[float, float]
 Count: TypeAlias = Callable[[Floats, int, Table], Extremes]
 """Adds one to `table[pattern >> shift]` for the bit pattern of each element, however many there are.
 
-Returns the smallest and the largest element; at least one of both is NaN if an element was, and of no elements they are
-inf and -inf.
+Returns the smallest and the largest element; both are NaN if an element was, and of no elements they are inf and -inf.
 """
 
-# Elements looked at at a time: they, and what is made of them, stay in the cache until they are counted.
+# Elements looked at at a time: they, and the indices (int64) that NumPy makes of them, stay in the cache until they are
+# counted.
 _CHUNK = 1 << 14
+_NUMPY_CHUNK = 1 << 16
 
 
 @functools.cache
@@ -44,6 +45,8 @@ def counting() -> Count:
     def by_numba(x: Floats, shift: int, table: Table) -> Extremes:
         keys = np.array(loop(x.view(np.uint32), shift, table), np.int32)
         low, high = _reordered(keys).view(np.float32)
+        if np.isnan(low) or np.isnan(high):
+            low = high = np.float32(np.nan)
         return (float(low), float(high)) if x.size else extremes(x)
 
     return by_numba
@@ -53,9 +56,9 @@ def by_numpy(x: Floats, shift: int, table: Table) -> Extremes:
     """See `Count`."""
     # ufunc.at adds into the table without making another, unlike bincount. Its index must be int64 and is best
     # never negative: whether to wrap is a branch that signs, being random, mispredict.
-    index = np.empty(min(_CHUNK, x.size), np.int64)
-    for start in range(0, x.size, _CHUNK):
-        chunk = x[start : start + _CHUNK].view(np.uint32)
+    index = np.empty(min(_NUMPY_CHUNK, x.size), np.int64)
+    for start in range(0, x.size, _NUMPY_CHUNK):
+        chunk = x[start : start + _NUMPY_CHUNK].view(np.uint32)
         np.right_shift(chunk, shift, out=index[: chunk.size])
         np.add.at(table, index[: chunk.size], np.int32(1))
     return extremes(x)

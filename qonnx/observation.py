@@ -20,7 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qonnx.data import Digest
 from qonnx.errors import DataError
 from qonnx.passes.augment import AddObservers, Observer, Statistic, observers
-from qonnx.pieces import pieces, samples_at_a_time
+from qonnx.pieces import pieces, returned_per_byte
 from qonnx.runtime import Device, Session, session
 from qonnx.sketch import Counter
 from qonnx.statistics import Statistics, TensorStatistics, from_batch, with_sketch
@@ -33,7 +33,6 @@ _WORKERS = 2
 _KEPT_APART = 64
 
 Feeds = dict[str, npt.NDArray[Any]]
-Results = Mapping[str, npt.NDArray[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +82,8 @@ def observe(
 ) -> Statistics:
     """Runs a model over batches and returns what its values looked like. The model is left as it is.
 
-    Memory does not grow with the number of batches: two are run at a time, each a few samples at a time where they do
-    not depend on each other, and a third is read.
+    Memory does not grow with the number of batches: two are run at a time, and a third is read. Large ones are run
+    a few samples at a time where these do not depend on each other: see `qonnx.pieces`.
     Nodes that lead to no observed value are not run.
 
     Args:
@@ -181,11 +180,8 @@ class _Run:
         self._outputs: dict[str, dict[Statistic, str]] = {}
         for observer in watched:
             self._outputs.setdefault(observer.value, {})[observer.statistic] = observer.output
-        whole = {
-            name: parts[Statistic.ELEMENTS] for name, parts in self._outputs.items() if Statistic.ELEMENTS in parts
-        }
-        self._counters = {name: Counter() for name in whole}
-        self._whole = tuple(whole.values())
+        self._statistics = {observer.output: observer.statistic for observer in watched}
+        self._counters = {name: Counter() for name, parts in self._outputs.items() if Statistic.ELEMENTS in parts}
         # Of the first batches, and how many these are. One value: Ctrl-C may come at any time.
         self._merged = (Statistics({}), 0)
         self._finished: dict[int, Statistics] = {}
@@ -206,22 +202,22 @@ class _Run:
         batch as finished: wherever an interruption finds this thread, what is counted and what is noted agree.
         """
         pending: deque[Future[Statistics]] = deque()
-        samples = None
+        per_byte = None
         with ThreadPoolExecutor(_WORKERS) as pool:
             for number, feeds in enumerate(stream):
                 if number == 0:
-                    samples = samples_at_a_time(runner, feeds, self._whole, pool)
-                pending.append(pool.submit(self._batch, number, runner, feeds, samples))
+                    per_byte = returned_per_byte(runner, feeds, self._statistics, pool)
+                pending.append(pool.submit(self._batch, number, runner, feeds, per_byte))
                 if len(pending) > _WORKERS:
                     yield pending.popleft().result()
                     self._merge()
             while pending:
                 yield pending.popleft().result()
 
-    def _batch(self, number: int, runner: Session, feeds: Feeds, samples: int | None) -> Statistics:
+    def _batch(self, number: int, runner: Session, feeds: Feeds, per_byte: float | None) -> Statistics:
         self._begun.add(number)
         tensors: dict[str, TensorStatistics] = {}
-        for piece in pieces(feeds, samples):
+        for piece in pieces(feeds, per_byte):
             results = runner.run(piece)
             for name in self._outputs:
                 measured = self._measured(name, results)

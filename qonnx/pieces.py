@@ -8,13 +8,15 @@ the time and half the memory that batches of eight do.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qonnx.errors import DataError
+from qonnx.passes.augment import Statistic
 from qonnx.rebatch import Batch, cut, has_batch_axis, rows
 from qonnx.runtime import Session
 
@@ -23,72 +25,88 @@ Array = npt.NDArray[Any]
 # What may be returned at a time.
 _BYTES = 1 << 26
 
-# Samples on which it is seen how much that is, and whether they depend on each other; of each result so many elements.
-_TRIED = 2
+# How many elements of a sample of each activation are compared.
 _COMPARED = 1 << 16
 
-# How far results of samples run apart and together may differ, as a share of their norm: kernels add in another order
-# for another number of samples.
+# How far results of samples run apart and together may differ: kernels add in another order for another number of
+# samples. Elements near 0 may differ by more of themselves, but few do.
 _TOLERANCE = 1e-3
+_FEW = 0.01
+
+# What an output says of two samples together, from what it says of each.
+_JOINED: Mapping[Statistic, np.ufunc] = {
+    Statistic.COUNT: np.add,
+    Statistic.SUM_SQUARES: np.add,
+    Statistic.MINIMUM: np.minimum,
+    Statistic.MAXIMUM: np.maximum,
+    Statistic.CHANNEL_MINIMUM: np.minimum,
+    Statistic.CHANNEL_MAXIMUM: np.maximum,
+}
 
 
-def samples_at_a_time(runner: Session, batch: Batch, activations: Collection[str], pool: Executor) -> int | None:
-    """How many samples of batches like this one to run at a time; None for all.
+def returned_per_byte(runner: Session, batch: Batch, outputs: Mapping[str, Statistic], pool: Executor) -> float | None:
+    """How many bytes the observers return for a byte that is fed; None where batches must not be run in pieces.
 
-    All where it matters whether they are apart, as where the first axis is time and not samples, or where a mean is
-    taken over all samples: two are run together and apart, and must give the same.
+    They must not where the first axis is time and not samples, or where a mean is taken over all samples. The first and
+    the last sample of a batch are run together and apart, and all that is observed must be the same; a dependence that
+    two samples do not show, such as one of every third, is not found.
 
     Args:
-        runner: the model that is calibrated.
+        runner: the model with observers.
         batch: the first one.
-        activations: outputs of the runner that are whole activations; all others are small.
+        outputs: what each output of the runner holds.
         pool: the threads that will run the model.
     """
-    if rows(batch) <= _TRIED or not activations or not has_batch_axis(batch, runner.inputs):
+    if not has_batch_axis(batch, runner.inputs) or rows(batch) < 2:
         return None
+    tried = {name: array[[0, -1]] for name, array in batch.items()}
+    if all(np.array_equal(*array) for array in tried.values()):
+        return None  # what two equal samples have in common is not what all have
 
-    def run(part: Batch) -> tuple[int, list[_Beginning]]:
+    def run(part: Batch) -> dict[str, tuple[int, Array]]:
         results = runner.run(part)
-        samples = rows(part)
-        found = [beginning for name in activations for beginning in _beginnings(results[name], samples)]
-        return sum(array.nbytes for array in results.values()), found
+        return {name: (results[name].nbytes, _kept(results[name], outputs[name], rows(part))) for name in outputs}
 
-    tried = {name: array[:_TRIED] for name, array in batch.items()}
-    (size, together), *apart = pool.map(run, (tried, *cut(tried, _TRIED)))
-    most = _BYTES * _TRIED // max(size, 1)
-    if most >= rows(batch) or not all(
-        _same(one, other)
-        for number, (_, alone) in enumerate(apart)
-        for one, other in zip(together[number::_TRIED], alone, strict=True)
-    ):
+    try:
+        together, first, last = pool.map(run, (tried, *cut(tried, 2)))
+    except DataError:  # it runs on some numbers of samples only; if not even on this one, the batch itself says so
         return None
-    return max(1, most)
+    for name, statistic in outputs.items():
+        (size, found), (half, one), (rest, other) = together[name], first[name], last[name]
+        if statistic is Statistic.ELEMENTS:
+            alike = size == 2 * half == 2 * rest and _same(found, np.concatenate([one, other]))
+        else:
+            alike = one.shape == other.shape and _same(found, _JOINED[statistic](one, other))
+        if not alike:
+            return None
+    return sum(size for size, _ in together.values()) / sum(array.nbytes for array in tried.values())
 
 
-def pieces(batch: Batch, samples: int | None) -> Iterator[Batch]:
-    """The batch in parts of so many samples at most, about equally large.
+def pieces(batch: Batch, per_byte: float | None) -> Iterator[Batch]:
+    """The batch in parts that are about equally large, each of so few samples as return little enough.
 
-    >>> [part["x"].shape for part in pieces({"x": np.zeros((8, 3))}, 5)]
-    [(4, 3), (4, 3)]
+    >>> batch = {"x": np.zeros((8, 1 << 20), np.float32)}
+    >>> [part["x"].shape[0] for part in pieces(batch, 3.5)]
+    [4, 4]
     """
-    count = 1 if samples is None else math.ceil(rows(batch) / samples)
+    alike = len({array.shape[:1] for array in batch.values()}) == 1
+    size = sum(array.nbytes for array in batch.values())
+    count = min(rows(batch), math.ceil(size * per_byte / _BYTES)) if per_byte is not None and alike else 1
     return cut(batch, count) if count > 1 else iter((batch,))
 
 
-class _Beginning(NamedTuple):
-    """How many elements of an activation a sample has, and the first of them."""
-
-    size: int
-    elements: Array
-
-
-def _beginnings(array: Array, samples: int) -> list[_Beginning]:
-    """That of each sample; of no elements where they do not lie one behind the other along the first axis."""
+def _kept(array: Array, statistic: Statistic, samples: int) -> Array:
+    """What is compared: of activations the first elements of each sample, a row each."""
+    if statistic is not Statistic.ELEMENTS:
+        return array
     if array.ndim == 0 or array.shape[0] % samples:
-        return [_Beginning(0, np.zeros(0))] * samples
-    return [_Beginning(part.size, part[:_COMPARED].copy()) for part in array.reshape(samples, -1)]
+        return np.zeros((samples, 0))
+    return array.reshape(samples, -1)[:, :_COMPARED].copy()
 
 
-def _same(one: _Beginning, other: _Beginning) -> bool:
-    x, y = one.elements, other.elements
-    return one.size == other.size > 0 and bool(np.linalg.norm(x - y) <= _TOLERANCE * np.linalg.norm(x))
+def _same(one: Array, other: Array) -> bool:
+    if one.shape != other.shape or not one.size or not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return False
+    x, y = (array.reshape(-1).astype(np.float64) for array in (one, other))
+    # By element, as one that is huge would hide all others.
+    return bool(np.mean(np.abs(x - y) > _TOLERANCE * np.abs(x)) <= _FEW)

@@ -153,7 +153,7 @@ class Counter:
         Small arrays are held until they are worth fetching the table into the cache for: do not change them afterwards.
 
         Returns:
-            The smallest and the largest element; at least one of both is NaN if an element was.
+            The smallest and the largest element; both are NaN if an element was.
         """
         flat = np.ascontiguousarray(x, np.float32).reshape(-1)
         with self._lock:

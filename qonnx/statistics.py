@@ -93,9 +93,9 @@ class TensorStatistics:
 
     def same_batch(self, other: TensorStatistics) -> TensorStatistics:
         """The statistics of two parts of one batch."""
-        merged = self.merge(other)
-        low, high = np.array([[merged.minimum], [merged.maximum]], np.float32)
-        return dataclasses.replace(merged, batch_minima=low, batch_maxima=high)
+        low = np.minimum(self.batch_minima, other.batch_minima)
+        high = np.maximum(self.batch_maxima, other.batch_maxima)
+        return dataclasses.replace(self.merge(other), batch_minima=low, batch_maxima=high)
 
 
 def _merge_channels(function: np.ufunc, left: Floats | None, right: Floats | None) -> Floats | None:

@@ -140,3 +140,14 @@ def test_a_table_holds_little_memory() -> None:
         counter.add(x)
         counter.sketch()
     assert resident() - before < len(counters) << 20
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 1 << 16, 300_001])
+@pytest.mark.parametrize("fold_at", [1 << 12, 2**31 - 1])
+def test_extremes_are_told_of_arrays_of_every_size(size: int, fold_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qonnx.sketch, "_FOLD_AT", fold_at)
+    counter = Counter()
+    for seed in range(3):
+        x = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+        assert counter.add(x) == (x.min(initial=np.inf), x.max(initial=-np.inf))
+    assert counter.sketch().count == 3 * size
