@@ -1,4 +1,4 @@
-"""Adds outputs to a graph that say how large its values are, so that a calibration run returns a few numbers each."""
+"""Adds outputs to a graph that say how large its values are: a few numbers each, or all elements of those to count."""
 
 from __future__ import annotations
 
