@@ -10,7 +10,7 @@ Only when
 
 * the bias is a constant float32 vector, and both operands are integers of at most 8 bits with constant scales;
 * a convolution's result is quantized too;
-* the codes fit into int32, and are hardly coarser than half a step of the result.
+* the codes fit into int32, and are no coarser than a quarter of a step of the result on average, 0.6 in one channel.
 
 Source: the ONNX specification of QLinearConv.
 """

@@ -116,9 +116,14 @@ def test_leaves_blocked_weights_alone() -> None:
     leave_alone(QuantizeBiases(), model)
 
 
-def with_steps(share: float) -> ir.Model:
-    """A graph whose bias would be rounded to this share of a step of the result."""
+def with_steps(share: float, channels: int = 1) -> ir.Model:
+    """A graph in which some biases would be rounded to this share of a step of the result, others to a tenth of it."""
     model = model_of(CONV, weights="w b", scale=0.3)
+    weight = model.graph.initializers["w"]
+    assert weight.const_value is not None
+    w = weight.const_value.numpy() / np.abs(weight.const_value.numpy()).max((1, 2, 3), keepdims=True)
+    w[channels:] /= 10
+    weight.const_value = ir.tensor(w, name="w")
     plan = planned(model)
     coarsest = plan.activations[0].scale[0] * max(plan.weights[0].scale)
     result = activation_plan("r", np.array([0, 255 * coarsest / share], np.float32), "e:0")
@@ -129,6 +134,10 @@ def with_steps(share: float) -> ir.Model:
 def test_leaves_steps_alone_that_are_coarse_beside_those_of_the_result(share: float) -> None:
     """A bias that is far larger than the result, as where it cancels a constant input."""
     leave_alone(QuantizeBiases(), with_steps(share))
+
+
+def test_leaves_steps_alone_that_are_coarse_on_average() -> None:
+    leave_alone(QuantizeBiases(), with_steps(0.3, channels=8))
 
 
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.55])
@@ -143,4 +152,4 @@ def test_codes_of_the_result_move_by_one_at_most(share: float) -> None:
     ]
     assert np.ptp(codes[0]) > 20
     assert np.abs(codes[0] - codes[1]).max() <= 1
-    assert np.mean(codes[0] != codes[1]) <= 0.5 * share + 0.01
+    assert np.mean(codes[0] != codes[1]) < 0.1
