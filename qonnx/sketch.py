@@ -15,16 +15,14 @@ logarithm read off the floating point format.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import mmap
 import threading
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from qonnx.counting import Extremes, counting, extremes
+from qonnx.counting import Extremes, Table, counting, extremes
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
@@ -32,15 +30,11 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 MANTISSA_BITS = 11
 
 _SHIFT = 23 - MANTISSA_BITS
-_CELLS = 1 << (32 - _SHIFT)
-_SIGN = np.uint32(_CELLS >> 1)
+_SIGN = np.uint32(0x80000000 >> _SHIFT)
 _INFINITE = np.uint32(0x7F800000 >> _SHIFT)
 
 # Elements that are worth fetching a table into the cache for.
 _HOLD = 1 << 16
-
-# Elements after which the int32 table is emptied into int64 counts.
-_FOLD_AT = 2**31 - 1
 
 
 class Cells(NamedTuple):
@@ -140,12 +134,10 @@ class Counter:
     """
 
     def __init__(self) -> None:
-        self._table = np.frombuffer(_zeros(4 * _CELLS), np.int32)  # half the width of a count: more cells in the cache
-        self._pending = 0
-        self._folded = Sketch(np.zeros(0, np.uint32), np.zeros(0, np.int64))
+        self._table = Table(32 - _SHIFT)
         self._held: list[Floats] = []
         self._lock = threading.Lock()
-        self._add = counting()  # here, not in a thread: the first call may compile it
+        self._count = counting()  # here, not in a thread: the first call may compile it
 
     def add(self, x: npt.NDArray[Any]) -> Extremes:
         """Counts the elements of an array of any shape and float type, as the float32 nearest to each.
@@ -158,7 +150,7 @@ class Counter:
         flat = np.ascontiguousarray(x, np.float32).reshape(-1)
         with self._lock:
             if flat.size >= _HOLD:
-                return self._count(flat)
+                return self._count(flat, self._table)
             self._held.append(flat)
             if sum(part.size for part in self._held) >= _HOLD:
                 self._count_held()
@@ -166,45 +158,14 @@ class Counter:
 
     def _count_held(self) -> None:
         for x in self._held:
-            self._count(x)
+            self._count(x, self._table)
         self._held.clear()
-
-    def _count(self, x: Floats) -> Extremes:
-        low, high = np.inf, -np.inf
-        for start in range(0, x.size, _FOLD_AT):
-            part = x[start : start + _FOLD_AT]
-            if self._pending > _FOLD_AT - part.size:
-                self._folded = self._folded.merge(_nonempty(self._table))
-                self._table.fill(0)
-                self._pending = 0
-            self._pending += part.size
-            least, most = self._add(part, _SHIFT, self._table)
-            low, high = float(np.minimum(low, least)), float(np.maximum(high, most))
-        return low, high
 
     def sketch(self) -> Sketch:
         """What was counted so far."""
         with self._lock:
             self._count_held()
-            return self._folded.merge(_nonempty(self._table))
-
-
-def _zeros(size: int) -> mmap.mmap:
-    """Bytes of which only pages that are written are in memory.
-
-    Unlike those of np.zeros, which asks for huge pages for so large an array. A mapping that were not private would
-    hold what is read, too.
-    """
-    mapped = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            mapped.madvise(mmap.MADV_NOHUGEPAGE)
-    return mapped
-
-
-def _nonempty(table: npt.NDArray[np.int32]) -> Sketch:
-    cells = np.flatnonzero(table)
-    return Sketch(cells.astype(np.uint32), table[cells].astype(np.int64))
+            return Sketch(*self._table.counts())
 
 
 def sketch(x: npt.NDArray[Any]) -> Sketch:

@@ -3,9 +3,9 @@ import sys
 import numpy as np
 import pytest
 
-from qonnx.counting import Count, by_numpy, counting
+from qonnx.counting import Count, Table, by_numpy, counting
 
-SHIFT = 20
+BITS = 12
 
 
 @pytest.fixture(params=["numpy", "numba"])
@@ -17,15 +17,48 @@ def count(request: pytest.FixtureRequest) -> Count:
     return counting()
 
 
+def counted(table: Table) -> dict[int, int]:
+    cells, counts = table.counts()
+    return dict(zip(cells.tolist(), counts.tolist(), strict=True))
+
+
+def expected(x: np.ndarray) -> dict[int, int]:
+    cells, counts = np.unique(x.view(np.uint32) >> (32 - BITS), return_counts=True)
+    return dict(zip(cells.tolist(), counts.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("size", [1, 5, 1 << 15, (1 << 15) + 3, 200_000])
 @pytest.mark.parametrize("writable", [True, False])
 def test_each_element_adds_one_to_its_cell(count: Count, size: int, writable: bool) -> None:
     patterns = np.random.default_rng(size).integers(0, 2**32, size, np.uint32)
     patterns.flags.writeable = writable
-    table = np.full(1 << (32 - SHIFT), 7, np.int32)
-    count(patterns.view(np.float32), SHIFT, table)
-    expected = np.bincount(patterns.astype(np.int64) >> SHIFT, minlength=1 << (32 - SHIFT)) + 7
-    np.testing.assert_array_equal(table, expected)
+    table = Table(BITS)
+    count(patterns.view(np.float32), table)
+    assert counted(table) == expected(patterns)
+    count(patterns.view(np.float32), table)
+    assert counted(table) == expected(np.tile(patterns, 2))
+
+
+@pytest.mark.parametrize("size", [7, 9, 70_000, 300_001])
+@pytest.mark.parametrize("negative", [[], [-0.0], [-1.0]], ids=["none", "-0", "-1"])
+def test_zeros_behind_a_relu_are_counted_as_others(count: Count, size: int, negative: list[float]) -> None:
+    x = np.maximum(np.random.default_rng(size).standard_normal(size), 0).astype(np.float32)
+    x[: len(negative)] = negative
+    x[3] = 1e-40
+    table = Table(BITS)
+    for _ in range(2):
+        count(x, table)
+    assert counted(table) == expected(np.tile(x, 2))
+    assert counted(table) == expected(np.tile(x, 2))  # reading it changes nothing
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, -0.0, np.nan])
+@pytest.mark.parametrize("times", [65_535, 65_536, 65_537, 5 << 20])
+def test_counts_do_not_overflow(count: Count, value: float, times: int) -> None:
+    x, table = np.full(times, value, np.float32), Table(BITS)
+    for _ in range(2):
+        count(x, table)
+    assert counted(table) == {int(x[:1].view(np.uint32)[0]) >> (32 - BITS): 2 * times}
 
 
 @pytest.mark.parametrize(
@@ -42,15 +75,15 @@ def test_each_element_adds_one_to_its_cell(count: Count, size: int, writable: bo
     ids=["normal", "negative", "positive", "-inf", "inf", "-0", "none"],
 )
 def test_extremes_come_with_the_counts(count: Count, x: np.ndarray) -> None:
-    table = np.zeros(1 << (32 - SHIFT), np.int32)
-    assert count(x, SHIFT, table) == (x.min(initial=np.inf), x.max(initial=-np.inf))
-    assert table.sum() == x.size
+    table = Table(BITS)
+    assert count(x, table) == (x.min(initial=np.inf), x.max(initial=-np.inf))
+    assert counted(table) == expected(x)
 
 
 @pytest.mark.parametrize("pattern", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], ids=hex)
 def test_nan_shows_in_the_extremes(count: Count, pattern: int) -> None:
     x = np.concatenate([np.ones(40_000, np.float32), np.array([pattern], np.uint32).view(np.float32)])
-    assert np.isnan(count(x, SHIFT, np.zeros(1 << (32 - SHIFT), np.int32))).any()
+    assert np.isnan(count(x, Table(BITS))).all()
 
 
 def test_without_numba_numpy_counts(monkeypatch: pytest.MonkeyPatch) -> None:

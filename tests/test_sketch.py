@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import qonnx.sketch
 from qonnx.sketch import MANTISSA_BITS, Counter, Sketch, sketch
 
 Floats = npt.NDArray[np.float32]
@@ -108,13 +107,6 @@ def test_arrays_longer_than_a_chunk_are_counted_whole() -> None:
     assert_equal(counter.sketch(), sketch(x))
 
 
-def test_a_full_table_is_folded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qonnx.sketch, "_FOLD_AT", 70_000)
-    monkeypatch.setattr(qonnx.sketch, "_HOLD", 1)
-    x = np.ones(300_000, np.float32)
-    assert sketch(x).counts.tolist() == [300_000]
-
-
 def test_counts_beyond_32_bits_add_up() -> None:
     many = Sketch(np.array([5], np.uint32), np.array([2**40], np.int64))
     assert many.merge(many).counts.tolist() == [2**41]
@@ -143,9 +135,7 @@ def test_a_table_holds_little_memory() -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 1 << 16, 300_001])
-@pytest.mark.parametrize("fold_at", [1 << 12, 2**31 - 1])
-def test_extremes_are_told_of_arrays_of_every_size(size: int, fold_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qonnx.sketch, "_FOLD_AT", fold_at)
+def test_extremes_are_told_of_arrays_of_every_size(size: int) -> None:
     counter = Counter()
     for seed in range(3):
         x = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
