@@ -25,8 +25,9 @@ Array = npt.NDArray[Any]
 # What may be returned at a time.
 _BYTES = 1 << 26
 
-# How many elements of a sample of each activation are compared.
-_COMPARED = 1 << 16
+# How many elements of a sample of each activation are compared: so many runs of so many.
+_RUNS = 32
+_RUN = 128
 
 # How far results of samples run apart and together may differ: kernels add in another order for another number of
 # samples. Elements near 0 may differ by more of themselves, but few do.
@@ -96,12 +97,16 @@ def pieces(batch: Batch, per_byte: float | None) -> Iterator[Batch]:
 
 
 def _kept(array: Array, statistic: Statistic, samples: int) -> Array:
-    """What is compared: of activations the first elements of each sample, a row each."""
+    """What is compared: of large activations a few elements of each sample, from all of it, a row each."""
     if statistic is not Statistic.ELEMENTS:
         return array
     if array.ndim == 0 or array.shape[0] % samples:
         return np.zeros((samples, 0))
-    return array.reshape(samples, -1)[:, :_COMPARED].copy()
+    whole = array.reshape(samples, -1)
+    if whole.shape[1] <= _RUNS * _RUN:
+        return whole.copy()
+    starts = np.linspace(0, whole.shape[1] - _RUN, _RUNS, dtype=np.int64)
+    return np.lib.stride_tricks.sliding_window_view(whole, _RUN, axis=1)[:, starts].reshape(samples, -1)
 
 
 def _same(one: Array, other: Array) -> bool:

@@ -86,6 +86,17 @@ def test_what_lies_behind_the_elements_that_are_compared_has_the_same_number() -
     assert found(model, {"x": x}) is None
 
 
+@pytest.mark.parametrize("part", ["f, l", "l, f"], ids=["at the end", "at the beginning"])
+def test_of_large_activations_all_parts_are_compared(part: str) -> None:
+    model = ir.from_onnx_text(
+        f"""<ir_version: 8, opset_import: ["" : 17]> g (float[n, 300000] x) => (float[n, 300000] y) {{
+            f, l = Split <axis = 1> (x) m = ReduceMean <axes = [0], keepdims = 1> (l) l2 = Sub(l, m)
+            y = Concat <axis = 1> ({part.replace("l", "l2")}) }}"""
+    )
+    x = np.random.default_rng(0).standard_normal((3, 300_000)).astype(np.float32)
+    assert found(model, {"x": x}) is None
+
+
 @pytest.mark.parametrize("samples", [0, 1])
 def test_few_samples_stay_together(samples: int) -> None:
     assert found(model_of(APART["elements"]), batch(samples)) is None
