@@ -878,6 +878,8 @@ def test_a_calibration_that_is_stopped_goes_on_later(qonnx_: Qonnx, folder: Path
     assert count in (3, 4)  # another may have been running
     kept = f"stopped after {count} batches, kept in out.partial.npz: the same command with --resume goes on\n"
     assert done == Done(130, "", kept)
+    stopped = listing(folder)
+    assert_refused(qonnx_(CALIBRATE), folder, stopped, "out.partial.npz: kept from a run that was stopped; go on with")
     assert qonnx_(CALIBRATE + " --resume") == Done(0, "wrote out.npz: 2 tensors over 4 batches\n", "")
     assert listing(folder).keys() - before.keys() == {"out.npz"}
     resumed = Statistics.load("out.npz")

@@ -107,6 +107,8 @@ def calibrate(
         raise DataError("--data is missing: give a folder of .npz files")
     if resume and not partial.is_file():
         raise DataError(f"{partial}: no such file, so nothing was stopped here; leave out --resume")
+    if data is not None and not resume and partial.is_file():
+        raise DataError(f"{partial}: kept from a run that was stopped; go on with --resume, or delete it to start anew")
     check_distinct([path for path in (model, data, *(merge or ())) if path is not None], output, cache, partial)
     with writing(output), writing(cache) as write_cache:
         try:
