@@ -20,7 +20,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from qonnx.data import Digest
 from qonnx.errors import DataError
 from qonnx.passes.augment import AddObservers, Observer, Statistic, observers
-from qonnx.pieces import pieces, returned_per_byte
+from qonnx.pieces import Apart, pieces, run_apart
+from qonnx.rebatch import rows
 from qonnx.runtime import Device, Session, session
 from qonnx.sketch import Counter
 from qonnx.statistics import Statistics, TensorStatistics, from_batch, with_sketch
@@ -202,23 +203,22 @@ class _Run:
         batch as finished: wherever an interruption finds this thread, what is counted and what is noted agree.
         """
         pending: deque[Future[Statistics]] = deque()
-        per_byte = None
+        apart = None
         with ThreadPoolExecutor(_WORKERS) as pool:
             for number, feeds in enumerate(stream):
                 if number == 0:
-                    per_byte = returned_per_byte(runner, feeds, self._statistics, pool)
-                pending.append(pool.submit(self._batch, number, runner, feeds, per_byte))
+                    apart = run_apart(runner, feeds, self._statistics, pool)
+                pending.append(pool.submit(self._batch, number, runner, feeds, apart))
                 if len(pending) > _WORKERS:
                     yield pending.popleft().result()
                     self._merge()
             while pending:
                 yield pending.popleft().result()
 
-    def _batch(self, number: int, runner: Session, feeds: Feeds, per_byte: float | None) -> Statistics:
+    def _batch(self, number: int, runner: Session, feeds: Feeds, apart: Apart | None) -> Statistics:
         self._begun.add(number)
         tensors: dict[str, TensorStatistics] = {}
-        for piece in pieces(feeds, per_byte):
-            results = runner.run(piece)
+        for results in _results(number, runner, feeds, apart):
             for name in self._outputs:
                 measured = self._measured(name, results)
                 tensors[name] = tensors[name].same_batch(measured) if name in tensors else measured
@@ -267,6 +267,16 @@ class _Run:
             name: with_sketch(total.tensors[name], c.sketch()) for name, c in self._counters.items() if total.tensors
         }
         return dataclasses.replace(total, tensors={**total.tensors, **counted})
+
+
+def _results(number: int, runner: Session, feeds: Feeds, apart: Apart | None) -> Iterator[Feeds]:
+    """What the observers return of a batch, a piece at a time. Of the first one, two samples were run before."""
+    if apart is not None and number == 0:
+        yield from apart.ends
+        feeds = {name: array[1:-1] for name, array in feeds.items()}
+        if not rows(feeds):
+            return
+    yield from map(runner.run, pieces(feeds, None if apart is None else apart.per_byte))
 
 
 def _samples(feeds: Feeds) -> int:

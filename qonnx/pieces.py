@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -45,12 +45,24 @@ _JOINED: Mapping[Statistic, np.ufunc] = {
 }
 
 
-def returned_per_byte(runner: Session, batch: Batch, outputs: Mapping[str, Statistic], pool: Executor) -> float | None:
-    """How many bytes the observers return for a byte that is fed; None where batches must not be run in pieces.
+class Apart(NamedTuple):
+    """What it told to run two samples of a batch apart.
 
-    They must not where the first axis is time and not samples, or where a mean is taken over all samples. The first and
-    the last sample of a batch are run together and apart, and all that is observed must be the same; a dependence that
-    two samples do not show, such as one of every third, is not found.
+    Attributes:
+        per_byte: how many bytes the observers return for a byte that is fed.
+        ends: what they returned of the first and of the last sample. Who reads them may take out what is done.
+    """
+
+    per_byte: float
+    ends: tuple[Batch, Batch]
+
+
+def run_apart(runner: Session, batch: Batch, outputs: Mapping[str, Statistic], pool: Executor) -> Apart | None:
+    """Runs the first and the last sample of a batch; None where batches must not be run in pieces.
+
+    They must not where the first axis is time and not samples, or where a mean is taken over all samples. The two
+    samples are run together and apart, and all that is observed must be the same; a dependence that two samples do not
+    show, such as one of every third, is not found.
 
     Args:
         runner: the model with observers.
@@ -64,12 +76,13 @@ def returned_per_byte(runner: Session, batch: Batch, outputs: Mapping[str, Stati
     if all(np.array_equal(*array) for array in tried.values()):
         return None  # what two equal samples have in common is not what all have
 
-    def run(part: Batch) -> dict[str, tuple[int, Array]]:
-        results = runner.run(part)
-        return {name: (results[name].nbytes, _kept(results[name], outputs[name], rows(part))) for name in outputs}
+    def kept(results: Batch, samples: int) -> dict[str, tuple[int, Array]]:
+        return {name: (results[name].nbytes, _kept(results[name], outputs[name], samples)) for name in outputs}
 
     try:
-        together, first, last = pool.map(run, (tried, *cut(tried, 2)))
+        both = pool.submit(lambda: kept(runner.run(tried), 2))
+        ends = tuple(pool.map(runner.run, cut(tried, 2)))
+        together, (first, last) = both.result(), (kept(results, 1) for results in ends)
     except DataError:  # it runs on some numbers of samples only; if not even on this one, the batch itself says so
         return None
     for name, statistic in outputs.items():
@@ -80,7 +93,8 @@ def returned_per_byte(runner: Session, batch: Batch, outputs: Mapping[str, Stati
             alike = one.shape == other.shape and _same(found, _JOINED[statistic](one, other))
         if not alike:
             return None
-    return sum(size for size, _ in together.values()) / sum(array.nbytes for array in tried.values())
+    per_byte = sum(size for size, _ in together.values()) / sum(array.nbytes for array in tried.values())
+    return Apart(per_byte, (ends[0], ends[1]))
 
 
 def pieces(batch: Batch, per_byte: float | None) -> Iterator[Batch]:

@@ -9,7 +9,7 @@ import pytest
 import qonnx.pieces
 from qonnx.observation import observe
 from qonnx.passes.augment import Statistic
-from qonnx.pieces import pieces, returned_per_byte
+from qonnx.pieces import pieces, run_apart
 from qonnx.rebatch import Batch
 from qonnx.runtime import Session, session, with_outputs
 from qonnx.statistics import Statistics
@@ -53,7 +53,8 @@ def batch(samples: int = 8) -> Batch:
 def found(model: ir.Model, feeds: Batch) -> float | None:
     runner = session(with_outputs(model, ["y"]))
     with ThreadPoolExecutor(2) as pool:
-        return returned_per_byte(runner, feeds, {"y": Statistic.ELEMENTS}, pool)
+        apart = run_apart(runner, feeds, {"y": Statistic.ELEMENTS}, pool)
+    return None if apart is None else apart.per_byte
 
 
 @pytest.mark.parametrize("name", APART)
@@ -144,6 +145,25 @@ def test_statistics_are_those_of_whole_batches(name: str, extremes_only: str, mo
     in_pieces = observed(40)
     assert max(sizes) < 8 or name in TOGETHER
     assert_equal(in_pieces, observed(1 << 30))
+
+
+@pytest.mark.parametrize("samples", [2, 3, 8])
+def test_only_two_samples_are_run_twice(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, run = list[int](), Session.run
+
+    def counted(self: Session, feeds: Batch) -> dict[str, np.ndarray]:
+        sizes.append(len(feeds["x"]))
+        return run(self, feeds)
+
+    monkeypatch.setattr(Session, "run", counted)
+    stream = [batch(samples), batch(5)]
+    statistics = observe(model_of(APART["elements"]), ["x", "y"], stream, distributions=["y"])
+    assert sum(sizes) == samples + 2 + 5
+    assert 0 not in sizes
+    assert (statistics.samples, statistics.tensors["x"].count) == (samples + 5, 4 * (samples + 5))
+    found = statistics.tensors["y"].sketch
+    assert found is not None
+    assert found.count == 4 * (samples + 5)
 
 
 def test_channels_along_the_axis_of_the_samples_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
