@@ -1,6 +1,6 @@
 """How many samples of a batch are calibrated at a time.
 
-A calibration run returns all activations of a batch. Memory that is touched for the first time is slow, and what does
+A calibration run holds all activations of a batch. Memory that is touched for the first time is slow, and what does
 not fit into the cache is read from memory once more to be counted: two samples at a time cost MobileNetV2 two thirds of
 the time and half the memory that batches of eight do.
 """
@@ -22,7 +22,7 @@ from qonnx.runtime import Session
 
 Array = npt.NDArray[Any]
 
-# What may be returned at a time.
+# What may be observed at a time.
 _BYTES = 1 << 26
 
 # How many elements of a sample of each activation are compared: so many runs of so many.
@@ -49,8 +49,8 @@ class Apart(NamedTuple):
     """What it told to run two samples of a batch apart.
 
     Attributes:
-        per_byte: how many bytes the observers return for a byte that is fed.
-        ends: what they returned of the first and of the last sample. Who reads them may take out what is done.
+        per_byte: how many bytes are observed for a byte that is fed.
+        ends: what the observers returned of the first and of the last sample. Who reads them may take out what is done.
     """
 
     per_byte: float
@@ -93,12 +93,13 @@ def run_apart(runner: Session, batch: Batch, outputs: Mapping[str, Statistic], p
             alike = one.shape == other.shape and _same(found, _JOINED[statistic](one, other))
         if not alike:
             return None
-    per_byte = sum(size for size, _ in together.values()) / sum(array.nbytes for array in tried.values())
-    return Apart(per_byte, (ends[0], ends[1]))
+    elements = sum(int(together[name][1]) for name, statistic in outputs.items() if statistic is Statistic.COUNT)
+    observed = 4 * elements + sum(size for size, _ in together.values())
+    return Apart(observed / sum(array.nbytes for array in tried.values()), (ends[0], ends[1]))
 
 
 def pieces(batch: Batch, per_byte: float | None) -> Iterator[Batch]:
-    """The batch in parts that are about equally large, each of so few samples as return little enough.
+    """The batch in parts that are about equally large, each of so few samples that little enough is observed.
 
     >>> batch = {"x": np.zeros((8, 1 << 20), np.float32)}
     >>> [part["x"].shape[0] for part in pieces(batch, 3.5)]
