@@ -17,12 +17,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qonnx.blocks import observing_session
 from qonnx.data import Digest
 from qonnx.errors import DataError
 from qonnx.passes.augment import AddObservers, Observer, Statistic, observers
 from qonnx.pieces import Apart, pieces, run_apart
 from qonnx.rebatch import rows
-from qonnx.runtime import Device, Session, session
+from qonnx.runtime import Device, Session
 from qonnx.sketch import Counter
 from qonnx.statistics import Statistics, TensorStatistics, from_batch, with_sketch
 
@@ -116,7 +117,7 @@ def observe(
     if earlier.tensors and earlier.tensors.keys() != {observer.value for observer in watched}:
         raise DataError("the earlier run observed other values: calibrate from the start")
     run = _Run(watched, _positive_axes(model, channel_axes or {}))
-    runner = session(augmented, threads=max(1, (os.cpu_count() or 1) // _WORKERS), device=device)
+    runner = observing_session(augmented, max(1, (os.cpu_count() or 1) // _WORKERS), device)
     rest = _after(earlier, stream)
     batches, samples, start = earlier.batches, earlier.samples, time.perf_counter()
     try:

@@ -185,6 +185,7 @@ def session(
     outputs: Sequence[str] | None = None,
     threads: int = 0,
     device: Device = Device.CPU,
+    optimized: os.PathLike[str] | None = None,
 ) -> Session:
     """Opens a model in ONNX Runtime, with the options that keep integer results exact on every CPU.
 
@@ -201,6 +202,7 @@ def session(
         outputs: the names that `run` shall return; all tensor outputs by default.
         threads: threads within one operator; 0 lets ONNX Runtime choose.
         device: where the graph runs; inputs and outputs of `run` are in the memory of the CPU.
+        optimized: a file to which the graph is written with all weights, as ONNX Runtime rewrote it for this CPU.
 
     Raises:
         ModelError: the file is missing or damaged, the graph is not valid, or uses what ONNX Runtime lacks.
@@ -223,6 +225,8 @@ def session(
         for key, entry in HONEST_OPTIONS.items():
             options.add_session_config_entry(key, entry)
         options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
+        if optimized is not None:
+            options.optimized_model_filepath = os.fspath(optimized)
         if buffers:
             sizes = [len(buffer) for buffer in buffers.values()]
             options.add_external_initializers_from_files_in_memory(list(buffers), list(buffers.values()), sizes)

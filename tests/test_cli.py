@@ -860,12 +860,12 @@ class Slow(observation.Session):
             os.kill(os.getpid(), signal.{name})
             time.sleep(0.2)
         return super().run(*arguments, **options)
-opened = observation.session
+opened = observation.observing_session
 def session(*arguments, **options):
     runner = opened(*arguments, **options)
     runner.__class__ = Slow
     return runner
-observation.session = session
+observation.observing_session = session
 """
 
 

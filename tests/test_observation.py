@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qonnx.blocks import observing_session
 from qonnx.errors import DataError, ModelError
 from qonnx.observation import Interrupted, Progress, observe
-from qonnx.runtime import Session, session
+from qonnx.runtime import Session
 from qonnx.sketch import Sketch, sketch
 from qonnx.statistics import Statistics
 
@@ -202,7 +203,7 @@ def interrupting(after: int, times: int = 1) -> Any:
             return results
 
     def opened(*arguments: Any, **options: Any) -> Session:
-        runner = session(*arguments, **options)
+        runner = observing_session(*arguments, **options)
         runner.__class__ = Interrupting
         return runner
 
@@ -210,7 +211,7 @@ def interrupting(after: int, times: int = 1) -> Any:
 
 
 def test_a_second_ctrl_c_waits_for_nothing_and_keeps_nothing(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qonnx.observation.session", interrupting(3, times=2))
+    monkeypatch.setattr("qonnx.observation.observing_session", interrupting(3, times=2))
     with pytest.raises(KeyboardInterrupt) as caught:
         observe(model, ["y"], batches(rows(100), 1))
     assert not isinstance(caught.value, Interrupted)
@@ -223,7 +224,7 @@ def test_ctrl_c_while_a_batch_runs_loses_none_and_counts_none_twice(
     """The main thread waits for a worker when the signal comes, as it does nearly all the time."""
     stream = batches(rows(100), 1)
     with monkeypatch.context() as patch:
-        patch.setattr("qonnx.observation.session", interrupting(after))
+        patch.setattr("qonnx.observation.observing_session", interrupting(after))
         with pytest.raises(Interrupted) as caught:
             observe(model, ["y"], stream, distributions=["y"])
     part = caught.value.statistics
