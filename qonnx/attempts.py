@@ -16,7 +16,7 @@ import msgspec
 import onnx_ir as ir
 
 from qonnx.auto_ranges import best_throughout, least_disturbing
-from qonnx.bias_correction import correct_biases
+from qonnx.bias_correction import bias_edges, correct_biases
 from qonnx.calibrators import Auto, Average, MinMax
 from qonnx.comparison import NOTHING_COMPARED, Comparison, ModelSource, compare
 from qonnx.errors import ModelError
@@ -26,6 +26,7 @@ from qonnx.graph import FLOAT_REASON, first_line, load, parameters, save
 from qonnx.judged import judged_model
 from qonnx.numerics import Dtype
 from qonnx.passes.drop_bounds import DropBounds
+from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, SmoothPlan
 from qonnx.planner import make_plan
@@ -126,14 +127,18 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
     leave = dict(job.leave)
     costs: tuple[LayerCost, ...] = ()
     best: Attempt | None = None
+    kept: Rounded | None = None  # its codes
     while True:
         plan = make_plan(job.prepared, statistics, ranges, job.recipe, job.target, leave)
         plan = msgspec.structs.replace(plan, smoothing=job.smoothing)
+        rounded = _rounded(job, plan)
         if job.recipe.correct_biases:
-            plan = correct_biases(job.prepared, plan, job.sample)
-        latest = write(job, plan)
+            simulated = rounded.model.clone()
+            InsertQDQ(rounded.plan)(simulated)
+            rounded = rounded._replace(plan=correct_biases(job.prepared, rounded.plan, job.sample, simulated))
+        latest = write(job, rounded.plan, rounded)
         if best is None or latest.sqnr_db > best.sqnr_db:
-            best = latest
+            best, kept = latest, rounded
         goal = job.recipe.goal_sqnr_db + _GOAL_MARGIN_DB
         if latest.sqnr_db >= goal or job.recipe.goal_sqnr_db <= 0 or not plan.quantized_layers:
             break
@@ -149,19 +154,27 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
             break
         leave |= {cost.node: f"quantized alone, it leaves {cost.sqnr_db:.1f} dB of the output" for cost in more}
     if best is not latest:
-        best = write(job, best.plan)
+        best = write(job, best.plan, kept)
     return replace(best, costs=costs)
 
 
 def only_attempt(job: Job) -> Attempt:
     """Plans and writes in a format that measures activations when the model runs, or not at all."""
     plan = make_plan(job.prepared, Statistics({}), {}, job.recipe, job.target)
-    rounded = round_weights(job.prepared, plan, job.sample)
+    rounded = _rounded(job, plan)
     if corrects_stored_weights(job.recipe) and job.sample:
         stored = with_stored_weights(rounded.model, rounded.plan)
         corrected = correct_biases(job.prepared, rounded.plan, job.sample, stored)
         rounded = rounded._replace(plan=corrected)
     return write(job, rounded.plan, rounded)
+
+
+def _rounded(job: Job, plan: QuantPlan) -> Rounded:
+    """The codes of all weights of a plan whose biases are corrected next, where the recipe says so."""
+    corrects = job.recipe.correct_biases and (plan.format.calibrated or corrects_stored_weights(job.recipe))
+    # The mean of a single sample is corrected nowhere.
+    corrected = {node.name or "" for node in bias_edges(job.prepared, plan)} if sum(map(rows, job.sample)) > 1 else ()
+    return round_weights(job.prepared, plan, job.sample, corrected if corrects else ())
 
 
 def corrects_stored_weights(recipe: Recipe) -> bool:
@@ -185,7 +198,7 @@ def write(job: Job, plan: QuantPlan, rounded: Rounded | None = None) -> Attempt:
         RecipeError: the plan does not fit the model.
         ModelError: what came out is not valid ONNX.
     """
-    rounded = rounded or round_weights(job.prepared, plan, job.sample)
+    rounded = rounded or round_weights(job.prepared, plan, job.sample, {bias.node for bias in plan.biases})
     quantized = rounded.model.clone()
     insert(quantized, rounded.plan)
     DropBounds()(quantized)

@@ -27,7 +27,7 @@ from qonnx.numerics import Dtype, PerAxis, dequantize, quantize
 Array = npt.NDArray[Any]
 
 # Of the mean of the diagonal of H, added to it: the default of the paper. Ten times as much where that is not enough.
-_DAMPENING = 0.01
+DAMPENING = 0.01
 _MOST_DAMPENING = 10.0
 
 # Rows whose feedback is summed up at a time; inside, one after the other.
@@ -46,7 +46,7 @@ class Factor(NamedTuple):
     upper: npt.NDArray[np.float32]
 
 
-def factor(hessian: Array, dampening: float = _DAMPENING) -> Factor:
+def factor(hessian: Array, dampening: float = DAMPENING) -> Factor:
     """Orders and factors a Hessian.
 
     Args:

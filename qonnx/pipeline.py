@@ -205,7 +205,7 @@ def quantize(
         stream = iter(held)
         rounds = _rounds_by_data(chosen) if given is None else asks_for_data(given)
         learns = calibrated or rounds or (corrects_stored_weights(chosen) if given is None else bool(given.biases))
-        sample = _first(stream, everything=rounds)
+        sample = _first(stream, everything=rounds and not calibrated)
         lost = unmatched(prepared.graph, chosen) if given is None else ()
         if given is not None:
             smooth = Smoothed(apply(prepared, given.smoothing), given.smoothing)

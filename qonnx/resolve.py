@@ -7,7 +7,7 @@ import msgspec
 from qonnx.calibrators import Auto, Calibrator, MinMax
 from qonnx.errors import RecipeError, TargetError
 from qonnx.numerics import Dtype, PerTensor
-from qonnx.recipe import Format, Operators, PerBlock, Recipe, Rounding, Rule, changed
+from qonnx.recipe import Format, Operators, PerBlock, Recipe, Rule, changed
 from qonnx.targets import Target, check_types
 
 
@@ -52,10 +52,6 @@ def _check_followed(recipe: Recipe) -> None:
     usual, kind = Recipe(), recipe.format
     if kind in (Format.QDQ, Format.DYNAMIC, Format.PER_TOKEN) and recipe.operators is not usual.operators:
         raise _not_followed("operators", kind, "format qoperator or weight_only")
-    if kind is not Format.WEIGHT_ONLY:
-        changes = [recipe.weights.rounding, *(rule.weights.rounding for rule in recipe.rules)]
-        if Rounding.GPTQ in changes:
-            raise _not_followed("weights.rounding gptq", kind, "format weight_only")
     if kind.calibrated:
         return
     for key in ("product_outputs", "residuals", "minimum_sqnr_db"):

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 import qonnx
 from qonnx import weight_rounding
-from qonnx.errors import RecipeError
+from qonnx.gptq import factor, round_with_feedback
 from qonnx.graph import load
-from qonnx.numerics import Array, Dtype, PerTensor, dequantize, quantize
-from qonnx.plan import QuantPlan
-from qonnx.recipe import Rounding
+from qonnx.numerics import Array, Dtype, PerAxis, PerTensor, dequantize, quantize
+from qonnx.placement import Edge
+from qonnx.plan import QuantPlan, TensorPlan
+from qonnx.recipe import Format, Rounding
 from qonnx.runtime import session
 from tests.graphs import model_of
 
@@ -218,18 +219,68 @@ def test_one_batch_is_enough_and_is_told(tmp_path: Path) -> None:
     assert any("only one batch was given" in warning for warning in result.warnings)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "settings"),
-    [
-        ("int8", ["weights.rounding=gptq"]),
-        ("int8-dynamic", ["rules=[{match: {op: MatMul}, weights: {rounding: gptq}}]"]),
-    ],
-)
-def test_formats_that_quantize_activations_refuse_it(recipe: str, settings: list[str], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"weights\.rounding gptq means nothing in format"):
+@pytest.mark.parametrize("recipe", ["int8", "int8-qoperator", "int8-dynamic", "int8-per-token", "w8"])
+def test_every_format_follows_it(recipe: str, tmp_path: Path) -> None:
+    model = model_of(PRODUCTS["Gemm"], weights="w")
+    settings = ["weights.rounding=gptq"]
+    batches = data(model)
+    plan = qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe=recipe, target="ort-cpu", settings=settings).plan
+    assert plan.weights[0].rounding is Rounding.GPTQ
+    codes = stored_codes(tmp_path / "q.onnx")
+    settings = ["weights.rounding=nearest"]
+    qonnx.quantize(model, batches, tmp_path / "n.onnx", recipe=recipe, target="ort-cpu", settings=settings)
+    difference = np.abs(codes.astype(int) - stored_codes(tmp_path / "n.onnx"))
+    assert 0 < difference.max() < 9
+    plan.save(tmp_path / "plan.json")
+    again = qonnx.quantize(model, batches, tmp_path / "r.onnx", target="ort-cpu", plan=tmp_path / "plan.json")
+    np.testing.assert_array_equal(stored_codes(tmp_path / "r.onnx"), codes)
+    assert again.plan == plan
+
+
+def stored_codes(path: Path) -> Array:
+    """The only initializer of 48 x 32 in 8 bits, as stored."""
+    arrays = [value.const_value.numpy() for value in load(path).graph.initializers.values() if value.const_value]
+    (codes,) = [array for array in arrays if array.size == 48 * 32 and array.dtype.itemsize == 1]
+    return np.asarray(codes)
+
+
+def test_filters_of_one_tap_are_matrices(tmp_path: Path) -> None:
+    text = "g (float[n,48,3,3] x, float[32,48,1,1] w) => (float[n,32,3,3] y) { [n] y = Conv(x, w) }"
+    model = model_of(text, weights="w")
+    rounded, nearest = (
         qonnx.quantize(
-            tmp_path / "no.onnx", None, tmp_path / "q.onnx", recipe=recipe, target="ort-cpu", settings=settings
+            model, data(model, rows=32), tmp_path / "q.onnx", recipe="w8", target="ort-cpu",
+            settings=["weights.dtype=int4", f"weights.rounding={rounding}"],
         )
+        for rounding in (Rounding.GPTQ, Rounding.NEAREST)
+    )  # fmt: skip
+    assert rounded.plan.weights[0].rounding is Rounding.GPTQ
+    assert sqnr(rounded) > sqnr(nearest) + 2
+
+
+BIASED = f"g ({X}, {W}, float[32] b) => (float[n,32] y) {{ [n] y = Gemm(x, w, b) }}"
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+@pytest.mark.parametrize("rows", [4, 64])
+def test_codes_disturb_least_what_biases_do_not_take_up(corrected: bool, rows: int) -> None:
+    model = model_of(BIASED, weights="w b")
+    batches = [{"x": batch["x"] + 20} for batch in data(model, count=1, rows=rows)]
+    weight = model.graph.initializers["w"].const_value
+    assert weight is not None
+    w = weight.numpy()
+    scale = np.abs(w).max(axis=0) / 7
+    tensor = TensorPlan("w", (Edge("n", 1),), Dtype.INT4, PerAxis(1), tuple(map(float, scale)), rounding=Rounding.GPTQ)
+    plan = QuantPlan("ort-cpu", "w4", (), (tensor,), (), format=Format.WEIGHT_ONLY)
+    rounded = weight_rounding.round_weights(model, plan, batches, {"n"} if corrected else ())
+    x = batches[0]["x"].astype(np.float64)
+    centred = x - x.mean(axis=0) if corrected else x
+    by = factor(centred.T @ centred, 0.01 + 2 / rows)
+    steps = scale.astype(np.float32)[None]
+    codes = round_with_feedback(w, by, steps, np.zeros_like(steps, np.int8), 48, Dtype.INT4)
+    found = rounded.model.graph.initializers["w"].const_value
+    assert found is not None
+    assert np.mean(np.isclose(found.numpy(), codes.astype(np.float32) * steps, atol=1e-4)) > 0.99
 
 
 def test_integer_types_of_every_width_up_to_eight(tmp_path: Path) -> None:
