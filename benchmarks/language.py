@@ -1,14 +1,14 @@
 """What static INT8 leaves of a decoder: perplexity of SmolLM2-135M with every linear layer on integers.
 
     python -m benchmarks.language [min-max] [percentile] [smoothquant] [smoothquant-auto] [os+] [best-of-both]
-                                  [combination] [worst]
+                                  [gptq] [combination] [worst]
 
 One scale per activation tensor, one per output channel of a weight, no zero points: what TensorRT takes. Each row
 quantizes all 211 linear layers and leaves none in float to rescue the result; in the last column the 60 products of
 attention are quantized, too, by the same plan. `best-of-both` takes for each group of channels the better one of
-SmoothQuant and OS+, with min-max ranges as in the rows before it; `combination` is what `qonnx quantize` does: the
-same, with the calibrator chosen on data. `worst` prints two rows: the combination, with those layers in float that cost
-most alone.
+SmoothQuant and OS+, with min-max ranges as in the rows before it; `gptq` is the same, with weights rounded by what the
+layers read. `combination` is what `qonnx quantize` does: `best-of-both`, with the calibrator chosen on data. `worst`
+prints two rows: the combination, with those layers in float that cost most alone.
 
 Perplexity is measured on 16 excerpts of 255 tokens that nothing else sees. A change is the mean difference of their
 log-likelihoods, as a factor of the perplexity, with its standard error over the excerpts.
@@ -56,6 +56,7 @@ ROWS: Mapping[str, Sequence[str]] = {
     "smoothquant-auto": [*MINMAX, "smooth.kind=smoothquant"],
     "os+": [*MINMAX, "smooth.kind=outlier_suppression"],
     "best-of-both": MINMAX,
+    "gptq": [*MINMAX, "weights.rounding=gptq"],
     "combination": ["equalize.kind=none"],
 }
 WORST = "worst"
@@ -116,7 +117,7 @@ class Benchmark:
         ]
         plan = msgspec.structs.replace(plan, layers=tuple(layers))
         output = self.folder / "quantized.onnx"
-        return self.cell(output, qonnx.quantize(self.source, self.data[:2], output, plan=plan).plan)
+        return self.cell(output, qonnx.quantize(self.source, self.data, output, plan=plan).plan)
 
     def cell(self, output: Path, plan: QuantPlan) -> str:
         """The perplexity of a file, its change, and how many layers are quantized."""
