@@ -131,11 +131,7 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
     while True:
         plan = make_plan(job.prepared, statistics, ranges, job.recipe, job.target, leave)
         plan = msgspec.structs.replace(plan, smoothing=job.smoothing)
-        rounded = _rounded(job, plan)
-        if job.recipe.correct_biases:
-            simulated = rounded.model.clone()
-            InsertQDQ(rounded.plan)(simulated)
-            rounded = rounded._replace(plan=correct_biases(job.prepared, rounded.plan, job.sample, simulated))
+        rounded = _rounded(job, plan, job.recipe.correct_biases)
         latest = write(job, rounded.plan, rounded)
         if best is None or latest.sqnr_db > best.sqnr_db:
             best, kept = latest, rounded
@@ -161,20 +157,41 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
 def only_attempt(job: Job) -> Attempt:
     """Plans and writes in a format that measures activations when the model runs, or not at all."""
     plan = make_plan(job.prepared, Statistics({}), {}, job.recipe, job.target)
-    rounded = _rounded(job, plan)
-    if corrects_stored_weights(job.recipe) and job.sample:
-        stored = with_stored_weights(rounded.model, rounded.plan)
-        corrected = correct_biases(job.prepared, rounded.plan, job.sample, stored)
-        rounded = rounded._replace(plan=corrected)
+    rounded = _rounded(job, plan, corrects_stored_weights(job.recipe))
     return write(job, rounded.plan, rounded)
 
 
-def _rounded(job: Job, plan: QuantPlan) -> Rounded:
-    """The codes of all weights of a plan whose biases are corrected next, where the recipe says so."""
-    corrects = job.recipe.correct_biases and (plan.format.calibrated or corrects_stored_weights(job.recipe))
-    # The mean of a single sample is corrected nowhere.
-    corrected = {node.name or "" for node in bias_edges(job.prepared, plan)} if sum(map(rows, job.sample)) > 1 else ()
-    return round_weights(job.prepared, plan, job.sample, corrected if corrects else ())
+def given_attempt(job: Job, plan: QuantPlan) -> Attempt:
+    """Writes a plan that was given. Biases that fit codes which depend on data are found anew together with these."""
+    if not asks_for_data(plan) or not plan.biases:
+        return write(job, plan)
+    if job.sample:
+        rounded = _rounded(job, msgspec.structs.replace(plan, biases=()), True)
+        return write(job, rounded.plan, rounded)
+    attempt = write(job, msgspec.structs.replace(plan, biases=()))
+    note = f"the biases of {len(plan.biases)} layers stay: the plan's are for codes that were chosen on data; give some"
+    return replace(attempt, notes=(*attempt.notes, note))
+
+
+def _rounded(job: Job, plan: QuantPlan, corrects: bool) -> Rounded:
+    """Chooses the codes of all weights of a plan, and corrects biases where that is wanted."""
+    if not corrects or not job.sample:
+        return round_weights(job.prepared, plan, job.sample)
+    corrected = {node.name or "" for node in bias_edges(job.prepared, plan)}
+    found = _corrected(job, round_weights(job.prepared, plan, job.sample, corrected))
+    made = {bias.node for bias in found.plan.biases}
+    if asks_for_data(found.plan) and made < corrected:  # few samples do not tell a mean: then it counts in the choice
+        found = _corrected(job, round_weights(job.prepared, plan, job.sample, made))
+    return found
+
+
+def _corrected(job: Job, rounded: Rounded) -> Rounded:
+    if rounded.plan.format.calibrated:
+        simulated = rounded.model.clone()
+        InsertQDQ(rounded.plan)(simulated)
+    else:
+        simulated = with_stored_weights(rounded.model, rounded.plan)
+    return rounded._replace(plan=correct_biases(job.prepared, rounded.plan, job.sample, simulated))
 
 
 def corrects_stored_weights(recipe: Recipe) -> bool:
@@ -198,7 +215,7 @@ def write(job: Job, plan: QuantPlan, rounded: Rounded | None = None) -> Attempt:
         RecipeError: the plan does not fit the model.
         ModelError: what came out is not valid ONNX.
     """
-    rounded = rounded or round_weights(job.prepared, plan, job.sample, {bias.node for bias in plan.biases})
+    rounded = rounded or round_weights(job.prepared, plan, job.sample)
     quantized = rounded.model.clone()
     insert(quantized, rounded.plan)
     DropBounds()(quantized)

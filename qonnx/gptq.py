@@ -51,7 +51,7 @@ def factor(hessian: Array, dampening: float = DAMPENING) -> Factor:
 
     Args:
         hessian: sum over all samples of x x^T, [inputs, inputs]; an input that was always 0 influences no other.
-        dampening: what is added to the diagonal, in parts of its mean.
+        dampening: what is added to the diagonal, in parts of its mean; 10 at most.
 
     Raises:
         DataError: the Hessian is not finite.
@@ -67,6 +67,7 @@ def factor(hessian: Array, dampening: float = DAMPENING) -> Factor:
     # From the last row to the first: a Cholesky factor is lower triangular, and R is upper.
     backwards = order[::-1]
     matrix, mean = hessian[np.ix_(backwards, backwards)].astype(np.float64), float(diagonal.mean()) or 1.0
+    dampening = min(dampening, _MOST_DAMPENING)
     while dampening <= _MOST_DAMPENING:
         np.fill_diagonal(matrix, diagonal[backwards] + dampening * mean)
         try:

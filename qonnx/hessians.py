@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,8 @@ from qonnx.graph import Names, rank
 from qonnx.linear import Linear
 from qonnx.runtime import session
 from qonnx.watching import watching
+
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 class Inputs(NamedTuple):
@@ -37,43 +39,71 @@ def inputs_of(linear: Linear) -> Inputs:
     return Inputs(linear.data.name or "", max(last - 1, 0) if first else last)
 
 
+class Moments(NamedTuple):
+    """What is left of the rows (tokens) that a layer read.
+
+    Attributes:
+        scatter: sum (x - mean) (x - mean)^T, [inputs, inputs].
+        mean: [inputs].
+        rows: how many.
+    """
+
+    scatter: Floats
+    mean: Floats
+    rows: int
+
+    @property
+    def hessian(self) -> Floats:
+        """The second moments, sum x x^T, [inputs, inputs]."""
+        return np.asarray(self.scatter + self.rows * np.outer(self.mean, self.mean))
+
+    def merge(self, other: Moments) -> Moments:
+        """Of all rows together (Chan, Golub and LeVeque, "Updating formulae", 1979, equation 2.1)."""
+        count, apart = self.rows + other.rows, other.mean - self.mean
+        scatter = self.scatter + other.scatter + np.outer(apart, apart) * (self.rows * other.rows / count)
+        return Moments(scatter, self.mean + apart * (other.rows / count), count)
+
+
 def hessians(
     model: ir.Model, wanted: Sequence[Inputs], batches: Iterable[Mapping[str, npt.NDArray[Any]]]
-) -> dict[Inputs, npt.NDArray[np.float32]]:
-    """Runs the model and returns sum x x^T over all rows (tokens) of each value, float32 [inputs + 1, inputs + 1].
+) -> dict[Inputs, Moments]:
+    """Runs the model and returns the moments of each value, over all rows; none of a value that no batch had a row of.
 
-    The last element of each x is a 1: the last row holds the sum of x, and the corner how many there were. The sums of
-    a batch are made in the graph: no activation leaves it.
+    The sums of a batch are made in the graph: no activation leaves it.
 
     Args:
         model: the float model; it is left as it is.
         wanted: values of the main graph.
         batches: one array per model input each.
     """
-    summing, outputs = watching(model, {each: (each.value, functools.partial(_sum, axis=each.axis)) for each in wanted})
-    runner, found = session(summing), dict[Inputs, npt.NDArray[np.float32]]()
+    # ONNX Runtime computes the last outputs first, and would hold all activations until it comes to the first ones.
+    backwards = list(dict.fromkeys(wanted))[::-1]
+    make = {each: (each.value, functools.partial(_moments, axis=each.axis)) for each in backwards}
+    summing, outputs = watching(model, make)
+    runner, found = session(summing), dict[Inputs, Moments]()
     for batch in batches:
         results = runner.run(batch)
         for each, output in outputs.items():
-            if each in found:
-                found[each] += results[output]
-            else:
-                found[each] = np.array(results[output])
+            moments = _unpacked(results.pop(output))
+            if moments.rows:
+                found[each] = found[each].merge(moments) if each in found else moments
     return found
 
 
-def around_mean(moments: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """What `hessians` returns, of x - mean(x) instead, without the last row and column.
+def _unpacked(array: npt.NDArray[np.float32]) -> Moments:
+    """What `_moments` computes."""
+    sums, offset = array[:, :-1].astype(np.float64), array[:-1, -1].astype(np.float64)
+    count, moved = int(sums[-1, -1]), sums[:-1, -1]
+    scatter = sums[:-1, :-1] - np.outer(moved, moved) / max(count, 1)
+    return Moments(scatter, offset + moved / max(count, 1), count)
 
-    >>> around_mean(np.array([[10, 4], [4, 2]], np.float32))  # of 1 and 3
-    array([[2.]])
+
+def _moments(graph: ir.Graph, names: Names, value: ir.Value, axis: int) -> ir.Value:
+    """Appends nodes that make a matrix X of a value, the axis in front, and return what its moments are made of.
+
+    X - m is multiplied by its transpose, with a row of ones below: float32 would not tell sums of squares from those of
+    their means where these are large. m is the mean, but need not be quite. It is returned in a column of its own.
     """
-    sums, count = moments[:-1, -1].astype(np.float64), float(moments[-1, -1])
-    return np.asarray(moments[:-1, :-1] - np.outer(sums, sums) / max(count, 1.0))
-
-
-def _sum(graph: ir.Graph, names: Names, value: ir.Value, axis: int) -> ir.Value:
-    """Appends nodes that make a matrix of a value, the axis in front, ones below, and multiply it by its transpose."""
 
     def add(op: str, inputs: Sequence[ir.Value], **attributes: int | Sequence[int]) -> ir.Value:
         node = ir.node(op, inputs, attributes=attributes, name=names.fresh(f"{value.name}_{op}"))
@@ -82,7 +112,7 @@ def _sum(graph: ir.Graph, names: Names, value: ir.Value, axis: int) -> ir.Value:
         return node.outputs[0]
 
     def stored(array: npt.NDArray[Any]) -> ir.Value:
-        tensor = ir.tensor(array, name=names.fresh(f"{value.name}_pad"))
+        tensor = ir.tensor(array, name=names.fresh(f"{value.name}_constant"))
         constant = ir.Value(
             name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
         )
@@ -92,7 +122,11 @@ def _sum(graph: ir.Graph, names: Names, value: ir.Value, axis: int) -> ir.Value:
     full = add("Cast", [value], to=int(ir.DataType.FLOAT))  # sums of squares overflow float16 at once
     others = [other for other in range(rank(value) or 0) if other != axis]
     rows = add("Flatten", [add("Transpose", [full], perm=[axis, *others])], axis=1)
-    rows = add("Pad", [rows, stored(np.array([0, 0, 1, 0])), stored(np.array(1, np.float32))])
-    result = add("Gemm", [rows, rows], transB=1)
+    along, below, one = stored(np.array([1])), stored(np.array([0, 0, 1, 0])), stored(np.array(1, np.float32))
+    count = add("Cast", [add("Gather", [add("Shape", [rows]), along])], to=int(ir.DataType.FLOAT))
+    mean = add("Div", [add("ReduceSum", [rows, along], keepdims=1), add("Max", [count, one])])
+    centred = add("Pad", [add("Sub", [rows, mean]), below, one])
+    sums = add("Gemm", [centred, centred], transB=1)
+    result = add("Concat", [sums, add("Pad", [mean, below])], axis=1)
     result.type, result.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, None])
     return result

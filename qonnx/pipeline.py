@@ -21,7 +21,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qonnx.activation_scales import channel_axes
-from qonnx.attempts import Job, best_attempt, corrects_stored_weights, only_attempt, write
+from qonnx.attempts import Job, best_attempt, corrects_stored_weights, given_attempt, only_attempt
 from qonnx.calibrators import EXTREMES
 from qonnx.comparison import NOTHING_COMPARED, compare
 from qonnx.data import HoldOut, batches, expected_rows
@@ -165,7 +165,8 @@ def quantize(
         recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
         target: the consumer of the graph, see `qonnx.targets`.
         settings: `key=value` changes to the recipe, such as `activations.calibrator.kind=average`.
-        plan: use this plan instead of making one; the data then only serve the comparison, and GPTQ where it says so.
+        plan: use this plan instead of making one; the data then only serve the comparison, and where weights of it are
+            rounded by GPTQ, their codes and all biases.
         statistics: what `calibrate` measured, as a file or a value; the data then serve the comparison, the bias
             correction and the choice of `auto`. They are those of the model without smoothing, which is left out.
         max_batches: use at most this many batches.
@@ -255,7 +256,7 @@ def quantize(
             smooth.probabilities,
         )
         if given is not None:
-            attempt = write(job, without_left_layers(given))
+            attempt = given_attempt(job, without_left_layers(given))
         else:
             attempt = best_attempt(job, measured) if calibrated else only_attempt(job)
         comparison = compare(model, file, judged) if judged else NOTHING_COMPARED

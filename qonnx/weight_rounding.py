@@ -18,7 +18,7 @@ import onnx_ir as ir
 from qonnx.errors import DataError
 from qonnx.gptq import DAMPENING, Factor, factor, round_with_feedback
 from qonnx.graph import float32, rank
-from qonnx.hessians import Inputs, around_mean, hessians, inputs_of
+from qonnx.hessians import Inputs, Moments, hessians, inputs_of
 from qonnx.linear import Linear, linears
 from qonnx.numerics import Blocked, dequantize
 from qonnx.passes.insert_qdq import parameters
@@ -29,9 +29,11 @@ from qonnx.recipe import Rounding
 # More Hessians than this are not kept at a time: the layers are worked off in parts, at one pass over the data each.
 _BYTES = 4 << 30
 
-# Of few samples, errors are hidden in directions that only other samples have: the dampening of n is that of many and
-# the n-th part of this. 8 texts want 0.3, 64 want 0.03, for INT8 weights of a sentence encoder.
+# Of few samples, errors are hidden in directions that only others have. The dampening of n samples is that of many and
+# the n-th part of this: 8 texts want 0.3, 64 want 0.03, for INT8 weights of a sentence encoder. Where rows (tokens) are
+# fewer than inputs, as in heads, it is more: by (inputs / rows)^2 times the other.
 _DAMPENING_OF_ONE_SAMPLE = 2.0
+_DAMPENING_OF_ONE_ROW_EACH = 0.25
 
 # Codes of more bits do not survive in a weight of these types, and rounding costs nothing then.
 _MOST_BITS = {ir.DataType.FLOAT: 8, ir.DataType.FLOAT16: 8, ir.DataType.BFLOAT16: 4}
@@ -86,7 +88,7 @@ def round_weights(
         return Rounded(model, plan)
     found = [] if not batches else list(_stored(model, wanted))
     changed = model.clone()
-    dampening = DAMPENING + _DAMPENING_OF_ONE_SAMPLE / max(1, sum(map(rows, batches)))
+    samples = max(1, sum(map(rows, batches)))
     done = set()
     for part in _parts(found):
         values = list(dict.fromkeys(each for stored in part for each in stored.inputs))
@@ -95,7 +97,7 @@ def round_weights(
         for stored in part:
             key = stored.inputs, all(layer.node.name in corrected for layer in stored.layers)
             if key not in factors:
-                factors[key] = _factor([sums[each] for each in stored.inputs], key[1], dampening)
+                factors[key] = _factor([sums[each] for each in stored.inputs if each in sums], key[1], samples)
             by = factors[key]
             if by is not None:
                 _put(changed, stored.tensor, _codes(model, stored, by))
@@ -118,7 +120,10 @@ def _notes(plan: QuantPlan, done: set[str], measured: bool) -> tuple[str, ...]:
     left = wanted - len(done)
     notes = [f"codes of {len(done)} weights chosen by what their layers read (gptq)"] if done else []
     if left:
-        notes.append(f"{left} weights are rounded to nearest: gptq is for matrices and filters of one tap")
+        notes.append(
+            f"{left} weights are rounded to nearest: gptq is for matrices and for 1 x 1 convolutions of one group and "
+            "stride, and inputs must be finite"
+        )
     return tuple(notes)
 
 
@@ -139,7 +144,9 @@ def _stored(model: ir.Model, wanted: Sequence[TensorPlan]) -> Iterator[_Stored]:
 def _fits(layer: Linear, tensor: TensorPlan) -> bool:
     along = not isinstance(tensor.granularity, Blocked) or tensor.granularity.axis == layer.input_axis
     product = rank(layer.weight) == 2 and layer.node.op_type in ("Gemm", "MatMul")
-    one_tap = layer.node.op_type == "Conv" and layer.groups == 1 and set(layer.kernel) == {1}
+    # With strides, it would not read all that is measured.
+    steps = set(layer.node.attributes.get_ints("strides", (1,)))
+    one_tap = layer.node.op_type == "Conv" and layer.groups == 1 and set(layer.kernel) == steps == {1}
     matrix = (product or one_tap) and bool(rank(layer.data))
     survives = tensor.dtype.bits <= _MOST_BITS.get(layer.weight.dtype or ir.DataType.FLOAT, 0)
     return matrix and along and survives and not layer.weight.is_graph_output()
@@ -150,7 +157,7 @@ def _parts(found: Sequence[_Stored]) -> Iterator[list[_Stored]]:
     part: list[_Stored] = []
     sizes: dict[Inputs, int] = {}
     for stored in found:
-        new = dict.fromkeys(stored.inputs, 4 * stored.layers[0].input_channels ** 2)
+        new = dict.fromkeys(stored.inputs, 8 * stored.layers[0].input_channels ** 2)
         if part and sum((sizes | new).values()) > _BYTES:
             yield part
             part, sizes = [], {}
@@ -160,11 +167,15 @@ def _parts(found: Sequence[_Stored]) -> Iterator[list[_Stored]]:
         yield part
 
 
-def _factor(moments: Sequence[npt.NDArray[np.float32]], around: bool, dampening: float) -> Factor | None:
+def _factor(moments: Sequence[Moments], around: bool, samples: int) -> Factor | None:
     """The Hessian of all that the layers of a weight read, around its mean or not; None where it is of no use."""
-    parts = (around_mean(each) if around else each[:-1, :-1] for each in moments)
+    if not moments:
+        return None
+    hessian = functools.reduce(np.add, (each.scatter if around else each.hessian for each in moments))
+    scarce = len(hessian) / sum(each.rows for each in moments)
+    dampening = DAMPENING + _DAMPENING_OF_ONE_SAMPLE / samples + _DAMPENING_OF_ONE_ROW_EACH * scarce**2
     try:
-        return factor(functools.reduce(np.add, parts), dampening)
+        return factor(hessian, dampening)
     except DataError:
         return None
 

@@ -85,6 +85,7 @@ def two(text: str, weights: str = "w w2") -> ir.Model:
 
 
 SHARED = f"g ({X}, float[48,48] w) => (float[n,48] y) {{ [a] h = MatMul(x, w) r = Relu(h) [b] y = MatMul(r, w) }}"
+RULED = ["rules=[{match: {name: n}, weights: {rounding: gptq}}]"]
 KEPT_NEAREST = {
     "no matrix product": (
         "g (int64[n] x, float[48,32] w) => (float[n,32] y) { [n] y = Gather(w, x) }",
@@ -97,6 +98,22 @@ KEPT_NEAREST = {
     "read in float, too": (
         f"g ({X}, float[48,48] w) => (float[n,48] y, float[n,48] z) {{ [a] y = MatMul(x, w) [b] z = MatMul(y, w) }}",
         ["rules=[{match: {name: b}, skip: true}]"],
+    ),
+    "a convolution of nine taps": (
+        "g (float[n,48,4,4] x, float[32,48,3,3] w) => (float[n,32,2,2] y) { [n] y = Conv(x, w) }",
+        RULED,
+    ),
+    "a convolution of two groups": (
+        "g (float[n,48,2,2] x, float[32,24,1,1] w) => (float[n,32,2,2] y) { [n] y = Conv <group = 2> (x, w) }",
+        RULED,
+    ),
+    "a convolution with strides": (
+        "g (float[n,48,4,4] x, float[32,48,1,1] w) => (float[n,32,2,2] y) { [n] y = Conv <strides = [2,2]> (x, w) }",
+        RULED,
+    ),
+    "a transposed convolution": (
+        "g (float[n,48,2,2] x, float[48,32,1,1] w) => (float[n,32,2,2] y) { [n] y = ConvTranspose(x, w) }",
+        RULED,
     ),
     "16 bits": (PRODUCTS["MatMul"], ["weights.dtype=int16", "weights.granularity.kind=per_channel"]),
 }
@@ -237,6 +254,56 @@ def test_every_format_follows_it(recipe: str, tmp_path: Path) -> None:
     assert again.plan == plan
 
 
+def shifted(model: ir.Model, **sizes: int) -> list[dict[str, Array]]:
+    """Batches whose mean is far larger than what they differ by."""
+    return [{"x": batch["x"] + np.float32(20)} for batch in data(model, **sizes)]
+
+
+@pytest.mark.parametrize("recipe", ["int8", "w4"])
+def test_biases_fit_the_codes_that_are_written(recipe: str, tmp_path: Path) -> None:
+    model = model_of(BIASED, weights="w b")
+    batches = shifted(model, count=24)
+    settings = ["weights.rounding=gptq", *(["minimum_sqnr_db=-100"] if recipe == "int8" else [])]
+    plan = qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe=recipe, target="ort-cpu", settings=settings).plan
+    assert [bias.node for bias in plan.biases] == ["n"]
+    moved = [session(tmp_path / "q.onnx").run(batch)["y"] - session(model).run(batch)["y"] for batch in batches]
+    difference = np.concatenate(moved)
+    assert np.abs(difference.mean(axis=0)).max() < 0.3 * difference.std(axis=0).min()
+
+
+def test_a_plan_fits_other_data_and_none(tmp_path: Path) -> None:
+    model = model_of(BIASED, weights="w b")
+    batches = shifted(model, count=24)
+    first, others, test = batches[:8], batches[8:16], batches[16:]
+
+    def keeps(data: list[dict[str, Array]] | None, **options: Any) -> tuple[float, qonnx.Result]:
+        result = qonnx.quantize(model, data, tmp_path / "q.onnx", target="ort-cpu", **options)
+        return qonnx.compare(model, tmp_path / "q.onnx", test).outputs[0].sqnr_db, result
+
+    fresh, made = keeps(first, recipe="w4")
+    nearest, _ = keeps(None, recipe="w4")
+    replayed, again = keeps(others, plan=made.plan)
+    blind, bare = keeps(None, plan=made.plan)
+    assert again.plan.biases != made.plan.biases
+    assert replayed > fresh - 1
+    assert blind == pytest.approx(nearest)
+    assert not bare.plan.biases
+    assert any("the biases of 1 layers stay" in note for note in bare.notes)
+
+
+def test_a_mean_that_no_bias_takes_up_counts_in_the_choice(tmp_path: Path) -> None:
+    text = (
+        "g (float[1,s,48] x, float[48,32] w, float[32] b) => (float[1,s,32] y) { [n] h = MatMul(x, w) y = Add(h, b) }"
+    )
+    model = model_of(text, weights="w b")
+    batches = shifted(model, count=1)  # one sample: the mean of others is not known
+    options: dict[str, Any] = {"recipe": "w4", "target": "ort-cpu"}
+    result = qonnx.quantize(model, batches, tmp_path / "a.onnx", **options)
+    assert not result.plan.biases
+    without = qonnx.quantize(model, batches, tmp_path / "b.onnx", settings=["correct_biases=false"], **options)
+    assert sqnr(result) == pytest.approx(sqnr(without))
+
+
 def stored_codes(path: Path) -> Array:
     """The only initializer of 48 x 32 in 8 bits, as stored."""
     arrays = [value.const_value.numpy() for value in load(path).graph.initializers.values() if value.const_value]
@@ -244,13 +311,15 @@ def stored_codes(path: Path) -> Array:
     return np.asarray(codes)
 
 
-def test_filters_of_one_tap_are_matrices(tmp_path: Path) -> None:
+@pytest.mark.parametrize("granularity", ["per_channel", "{kind: blocked, block_size: 16}"])
+def test_filters_of_one_tap_are_matrices(granularity: str, tmp_path: Path) -> None:
     text = "g (float[n,48,3,3] x, float[32,48,1,1] w) => (float[n,32,3,3] y) { [n] y = Conv(x, w) }"
     model = model_of(text, weights="w")
     rounded, nearest = (
         qonnx.quantize(
             model, data(model, rows=32), tmp_path / "q.onnx", recipe="w8", target="ort-cpu",
-            settings=["weights.dtype=int4", f"weights.rounding={rounding}"],
+            settings=["weights.dtype=int4", f"weights.rounding={rounding}",
+                      f"weights.granularity={granularity}" if "kind" in granularity else "weights.clip=none"],
         )
         for rounding in (Rounding.GPTQ, Rounding.NEAREST)
     )  # fmt: skip
@@ -275,7 +344,7 @@ def test_codes_disturb_least_what_biases_do_not_take_up(corrected: bool, rows: i
     rounded = weight_rounding.round_weights(model, plan, batches, {"n"} if corrected else ())
     x = batches[0]["x"].astype(np.float64)
     centred = x - x.mean(axis=0) if corrected else x
-    by = factor(centred.T @ centred, 0.01 + 2 / rows)
+    by = factor(centred.T @ centred, min(10, 0.01 + 2 / rows + 0.25 * (48 / rows) ** 2))
     steps = scale.astype(np.float32)[None]
     codes = round_with_feedback(w, by, steps, np.zeros_like(steps, np.int8), 48, Dtype.INT4)
     found = rounded.model.graph.initializers["w"].const_value
