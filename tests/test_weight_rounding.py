@@ -344,7 +344,7 @@ def test_codes_disturb_least_what_biases_do_not_take_up(corrected: bool, rows: i
     rounded = weight_rounding.round_weights(model, plan, batches, {"n"} if corrected else ())
     x = batches[0]["x"].astype(np.float64)
     centred = x - x.mean(axis=0) if corrected else x
-    by = factor(centred.T @ centred, min(10, 0.01 + 2 / rows + 0.25 * (48 / rows) ** 2))
+    by = factor(centred.T @ centred, min(10, 0.01 + 2 / rows + 0.01 * (48 / rows) ** 2))
     steps = scale.astype(np.float32)[None]
     codes = round_with_feedback(w, by, steps, np.zeros_like(steps, np.int8), 48, Dtype.INT4)
     found = rounded.model.graph.initializers["w"].const_value
