@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from qonnx.errors import RecipeError
 from qonnx.graph import Names, constant, float32
-from qonnx.numerics import Blocked, PerAxis, PerTensor, quantize
+from qonnx.numerics import Blocked, PerAxis, PerTensor, quantize, scale_shape
 from qonnx.placement import Edge
 from qonnx.plan import BiasPlan, QuantPlan, TensorPlan
 
@@ -42,7 +42,7 @@ class InsertQDQ(ir.passes.InPlacePass):
         graph, names = model.graph, Names(model)
         nodes = {node.name: node for node in graph if node.name}
         for tensor in (*self.plan.activations, *self.plan.weights):
-            _check_tensor(nodes, tensor)
+            check_tensor(nodes, tensor)
         for tensor in self.plan.weights:
             _insert_weight(graph, names, nodes, tensor)
         for tensor in self.plan.activations:
@@ -52,26 +52,29 @@ class InsertQDQ(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(self.plan.activations or self.plan.weights))
 
 
-def _check_tensor(nodes: dict[str, ir.Node], tensor: TensorPlan) -> None:
-    """Plans are edited by hand: what does not make sense is refused before anything is written."""
+def check_tensor(nodes: dict[str, ir.Node], tensor: TensorPlan) -> None:
+    """Plans are edited by hand: what does not make sense is refused before anything is written.
+
+    Args:
+        nodes: of the model, by name.
+        tensor: with scales; one whose range is found at run time has none.
+
+    Raises:
+        RecipeError: the tensor names an edge or axis that there is not, or its numbers do not fit.
+    """
     where = f"plan: tensor {tensor.value!r}"
     if not tensor.edges:
         raise RecipeError(f"{where} has no edges: name the inputs that read it, or drop it")
     for edge in tensor.edges:
         _check_edge(nodes, edge, tensor.value)
     read = nodes[tensor.edges[0].node].inputs[tensor.edges[0].input]
-    sizes = None if read is None or read.shape is None else list(read.shape)
-    match tensor.granularity:
-        case PerTensor():
-            count: int | None = 1
-        case PerAxis(axis=axis):
-            if sizes is not None and not -len(sizes) <= axis < len(sizes):
-                raise RecipeError(f"{where} has {len(sizes)} axes, so none of number {axis}")
-            size = None if sizes is None else sizes[axis]
-            count = size if isinstance(size, int) else None
-        case Blocked():
-            count = None
-    if not tensor.scale or (count is not None and len(tensor.scale) != count):
+    count = int(isinstance(tensor.granularity, PerTensor))  # 0 where it is not known
+    if not isinstance(tensor.granularity, PerTensor) and read is not None and read.shape is not None:
+        sizes, axis = tuple(size if isinstance(size, int) else 0 for size in read.shape), tensor.granularity.axis
+        if not -len(sizes) <= axis < len(sizes):
+            raise RecipeError(f"{where} has {len(sizes)} axes, so none of number {axis}")
+        count = math.prod(scale_shape(sizes, tensor.granularity))
+    if not tensor.scale or (count and len(tensor.scale) != count):
         raise RecipeError(f"{where} has {len(tensor.scale)} scales; its granularity needs {count or 'at least one'}")
     if not all(math.isfinite(scale) and scale > 0 for scale in tensor.scale):
         raise RecipeError(f"{where} has a scale that is not positive and finite")

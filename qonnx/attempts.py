@@ -26,7 +26,7 @@ from qonnx.graph import FLOAT_REASON, first_line, load, parameters, save
 from qonnx.judged import judged_model
 from qonnx.numerics import Dtype
 from qonnx.passes.drop_bounds import DropBounds
-from qonnx.passes.insert_qdq import InsertQDQ
+from qonnx.passes.insert_qdq import InsertQDQ, check_tensor
 from qonnx.placement import candidates, place
 from qonnx.plan import QuantPlan, SmoothPlan
 from qonnx.planner import make_plan
@@ -162,7 +162,14 @@ def only_attempt(job: Job) -> Attempt:
 
 
 def given_attempt(job: Job, plan: QuantPlan) -> Attempt:
-    """Writes a plan that was given. Biases that fit codes which depend on data are found anew together with these."""
+    """Writes a plan that was given. Biases that fit codes which depend on data are found anew together with these.
+
+    Raises:
+        RecipeError: the plan does not fit the model.
+    """
+    nodes = {node.name: node for node in job.prepared.graph if node.name}
+    for tensor in plan.weights:
+        check_tensor(nodes, tensor)
     if not asks_for_data(plan) or not plan.biases:
         return write(job, plan)
     if job.sample:

@@ -1,4 +1,4 @@
-"""Moments of what layers read, X^T X and the sum of X, from one pass over the data: what errors of weights cost."""
+"""Moments of what layers read, their mean and scatter, from one pass over the data: what errors of weights cost."""
 
 from __future__ import annotations
 

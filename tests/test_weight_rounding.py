@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 import qonnx
 from qonnx import weight_rounding
+from qonnx.errors import RecipeError
 from qonnx.gptq import factor, round_with_feedback
 from qonnx.graph import load
-from qonnx.numerics import Array, Dtype, PerAxis, PerTensor, dequantize, quantize
+from qonnx.numerics import Array, Blocked, Dtype, PerAxis, PerTensor, dequantize, quantize
 from qonnx.placement import Edge
 from qonnx.plan import QuantPlan, TensorPlan
 from qonnx.recipe import Format, Rounding
@@ -289,6 +291,30 @@ def test_a_plan_fits_other_data_and_none(tmp_path: Path) -> None:
     assert blind == pytest.approx(nearest)
     assert not bare.plan.biases
     assert any("the biases of 1 layers stay" in note for note in bare.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": "nope"}, "input 1 of node 'n' is 'w', not 'nope'"),
+        ({"value": "x", "edges": (Edge("n", 0),)}, "'x'"),
+        ({"scale": (1.0, 1.0)}, "has 2 scales; its granularity needs 32"),
+        ({"zero_point": (1, 2)}, "has 2 zero points for 32 scales"),
+        ({"granularity": Blocked(0, 7)}, "has 32 scales; its granularity needs 224"),
+        ({"granularity": Blocked(5, 48)}, "has 2 axes, so none of number 5"),
+    ],
+)
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_plan_that_was_edited_wrongly_is_refused(
+    seen: bool, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = model_of(PRODUCTS["MatMul"], weights="w")
+    batches = data(model)
+    plan = qonnx.quantize(model, batches, tmp_path / "q.onnx", recipe="w4", target="ort-cpu").plan
+    wrong = msgspec.structs.replace(plan, weights=(msgspec.structs.replace(plan.weights[0], **change),))
+    with pytest.raises(RecipeError, match=message):
+        qonnx.quantize(model, batches if seen else None, tmp_path / "r.onnx", target="ort-cpu", plan=wrong)
+    assert not (tmp_path / "r.onnx").exists()
 
 
 def test_a_mean_that_no_bias_takes_up_counts_in_the_choice(tmp_path: Path) -> None:
