@@ -3,8 +3,9 @@
     python -m benchmarks.calibration [minilm] [mobilenet] [--samples 32 256] [--repeats 3] [--peers-at-256]
 
 MiniLM reads 128 tokens and MobileNetV2 224 pixels, in batches of 8. Every method runs in a process of its own, so that
-the peak is its own. The forward pass is measured before each method; of all repeats the quickest counts, for both. On
-a machine that is doing other things too, the ratio means more than seconds. Loading the model and the choice of
+the peak is its own. Seconds are those of the quickest of all repeats. What a method costs is told by forward passes:
+each run is divided by a forward pass that was measured just before it, since the speed of a machine that others use too
+changes by the minute, and the median of these ratios is given. Loading the model and the choice of
 thresholds are apart: they do not grow with the data, and in ONNX Runtime's entropy calibrator they are the larger part.
 
 ONNX Runtime's histogram calibrators keep every activation, and choose thresholds for minutes. They are run once, and
@@ -17,6 +18,7 @@ import argparse
 import importlib
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,11 +47,15 @@ Feeds = dict[str, npt.NDArray[Any]]
 
 
 class Cost(NamedTuple):
-    """What one method took, in seconds and bytes: over the batches, and for everything before and after."""
+    """What one method took, in seconds and bytes: over the batches, and for everything before and after.
+
+    `passes` are the batches as a multiple of a forward pass, of each repeat.
+    """
 
     batches: float
     rest: float
     peak: int
+    passes: tuple[float, ...] = ()
 
 
 def forward(model: Path, data: Path) -> tuple[float, float]:
@@ -110,11 +116,9 @@ def _ours(model: Path, data: Path, distributions: bool, *calibrators: Any) -> tu
     start, seen = time.perf_counter(), list[Progress]()
     prepared = load(model)
     values, wanted = _observed(prepared)
-    statistics = observe(
-        prepared, values, _read(data), distributions=wanted if distributions else (), progress=seen.append
-    )
+    found = observe(prepared, values, _read(data), distributions=wanted if distributions else (), progress=seen.append)
     for calibrator in calibrators:
-        calibrated(wanted, statistics, calibrator, Dtype.INT8, symmetric=True)
+        calibrated(wanted, found, calibrator, Dtype.INT8, symmetric=True)
     return seen[-1].seconds, time.perf_counter() - start - seen[-1].seconds
 
 
@@ -253,25 +257,27 @@ def measure(name: str, samples: int, folder: Path, repeats: int, peers: bool) ->
             if method in KEEP_EVERYTHING and samples > PEERS_LIMIT and not peers:
                 costs[method] = "not run: it keeps every activation in memory"
                 continue
-            for each in ("forward pass", method):
-                costs[each] = _better(costs.get(each), run(each, model, data))
+            bare, cost = run("forward pass", model, data), run(method, model, data)
+            if isinstance(bare, Cost) and isinstance(cost, Cost):
+                bare, cost = bare._replace(passes=(1.0,)), cost._replace(passes=(cost.batches / bare.batches,))
+            costs["forward pass"] = _better(costs.get("forward pass"), bare)
+            costs[method] = _better(costs.get(method), cost)
     return costs
 
 
 def _better(left: Cost | str | None, right: Cost | str) -> Cost | str:
-    """The quicker of two runs in each part, and the higher peak."""
+    """The quicker of two runs in each part, the higher peak, and the forward passes of both."""
     if isinstance(left, str) or isinstance(right, str) or left is None:
         return left if isinstance(left, str) else right
-    return Cost(min(left.batches, right.batches), min(left.rest, right.rest), max(left.peak, right.peak))
+    quicker = min(left.batches, right.batches), min(left.rest, right.rest)
+    return Cost(*quicker, max(left.peak, right.peak), left.passes + right.passes)
 
 
 def table(title: str, costs: Mapping[str, Cost | str]) -> Table:
     found = Table("method", "batches", "forward passes", "the rest", "peak memory", title=title, caption_justify="left")
-    bare = costs["forward pass"]
-    assert isinstance(bare, Cost), bare
     for method in METHODS:
         cost = costs[method]
-        found.add_row(method, *(_columns(cost, bare.batches) if isinstance(cost, Cost) else ["-"]))
+        found.add_row(method, *(_columns(cost) if isinstance(cost, Cost) else ["-"]))
         if isinstance(cost, str):
             found.caption = f"{found.caption or ''}{method}: {cost}\n"
     return found
@@ -284,10 +290,10 @@ def growth(method: str, few: Cost | str, many: Cost | str) -> str:
     return f"{method}: {100 * (many.peak / few.peak - 1):+.1f} %"
 
 
-def _columns(cost: Cost, bare: float) -> list[str]:
+def _columns(cost: Cost) -> list[str]:
     return [
         f"{cost.batches:.2f} s",
-        f"{cost.batches / bare:.2f}",
+        f"{statistics.median(cost.passes):.2f}",
         f"{cost.rest:.1f} s",
         f"{cost.peak / 2**20:.0f} MiB",
     ]
@@ -297,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.calibration")
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; both if none is given")
     parser.add_argument("--samples", nargs="+", type=int, default=[32, 256], help=f"multiples of {BATCH}")
-    parser.add_argument("--repeats", type=int, default=3, help="the quickest counts")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each method")
     parser.add_argument("--peers-at-256", action="store_true", help="also run what may take hours or all memory")
     chosen = parser.parse_args()
     if unknown := set(chosen.models) - set(MODELS):

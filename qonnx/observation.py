@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import operator
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -25,9 +27,9 @@ from qonnx.pieces import Apart, pieces, run_apart
 from qonnx.rebatch import rows
 from qonnx.runtime import Device, Session
 from qonnx.sketch import Counter
-from qonnx.statistics import Statistics, TensorStatistics, from_batch, with_sketch
+from qonnx.statistics import Part, Statistics, from_parts, with_sketch
 
-# Batches that are run at a time, each on its share of the cores: observers are many small operators, which do not gain
+# Pieces that are run at a time, each on its share of the cores: observers are many small operators, which do not gain
 # from several cores, and counting takes one core (and without numba the interpreter's lock).
 _WORKERS = 2
 
@@ -84,8 +86,8 @@ def observe(
 ) -> Statistics:
     """Runs a model over batches and returns what its values looked like. The model is left as it is.
 
-    Memory does not grow with the number of batches: two are run at a time, and a third is read. Large ones are run
-    a few samples at a time where these do not depend on each other: see `qonnx.pieces`.
+    Memory does not grow with the number of batches: two are run at a time at most, and a third is read. Large ones are
+    run a few samples at a time where these do not depend on each other: see `qonnx.pieces`.
     Nodes that lead to no observed value are not run.
 
     Args:
@@ -174,6 +176,34 @@ def _positive_axes(model: ir.Model, channel_axes: Mapping[str, int]) -> dict[str
     return {name: axis % ranks[name] for name, axis in channel_axes.items() if name in ranks}
 
 
+class _Work:
+    """A batch, the pieces of which several threads run: none of them waits while another has a whole batch to go."""
+
+    def __init__(self, feeds: Feeds, runs: Iterable[Callable[[], Feeds]]) -> None:
+        self.feeds = feeds
+        self._left = deque(enumerate(runs))
+        self._missing = len(self._left)
+        self._parts: dict[int, dict[str, Part]] = {}
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[tuple[int, Callable[[], Feeds]]]:
+        """Those that nobody has taken yet."""
+        with contextlib.suppress(IndexError):
+            while True:
+                yield self._left.popleft()
+
+    def done(self, index: int, parts: dict[str, Part]) -> bool:
+        """Takes what one piece gave; returns whether it was the last one that was missing."""
+        with self._lock:
+            self._parts[index] = parts
+            self._missing -= 1
+            return not self._missing
+
+    def parts(self) -> list[dict[str, Part]]:
+        """What all pieces gave, in their order: float sums depend on it."""
+        return [parts for _, parts in sorted(self._parts.items(), key=operator.itemgetter(0))]
+
+
 class _Run:
     """The statistics of one run while it grows."""
 
@@ -200,34 +230,44 @@ class _Run:
     def over(self, runner: Session, stream: Iterable[Feeds]) -> Generator[Statistics, None, None]:
         """Runs the batches; yields the extremes of each, in order.
 
-        Each worker runs a batch and then counts its elements, so that one counts while another runs. It also notes the
+        Each worker runs a piece and then counts its elements, so that one counts while another runs. It also notes the
         batch as finished: wherever an interruption finds this thread, what is counted and what is noted agree.
         """
-        pending: deque[Future[Statistics]] = deque()
-        apart = None
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            for number, feeds in enumerate(stream):
-                if number == 0:
-                    apart = run_apart(runner, feeds, self._statistics, pool)
-                pending.append(pool.submit(self._batch, number, runner, feeds, apart))
+        pending: deque[list[Future[Statistics | None]]] = deque()
+        stream = iter(stream)
+        with ThreadPoolExecutor(_WORKERS) as pool, ThreadPoolExecutor(1) as beside:
+            read = list(itertools.islice(stream, 1))
+            if not read:
+                return
+            trial = beside.submit(run_apart, runner, read[0], self._statistics, pool)
+            read += itertools.islice(stream, 1)  # the second one meanwhile
+            apart = trial.result()
+            for number, feeds in enumerate(itertools.chain(_emptied(read), stream)):
+                work = _Work(feeds, _runs(number, runner, feeds, apart))
+                pending.append([pool.submit(self._share, number, work) for _ in range(_WORKERS)])
                 if len(pending) > _WORKERS:
-                    yield pending.popleft().result()
+                    yield from _result(pending.popleft())
                     self._merge()
             while pending:
-                yield pending.popleft().result()
+                yield from _result(pending.popleft())
 
-    def _batch(self, number: int, runner: Session, feeds: Feeds, apart: Apart | None) -> Statistics:
+    def _share(self, number: int, work: _Work) -> Statistics | None:
+        """Runs pieces of a batch until there are no more; whoever runs the last one notes the batch as finished."""
         self._begun.add(number)
-        tensors: dict[str, TensorStatistics] = {}
-        for results in _results(number, runner, feeds, apart):
-            for name in self._outputs:
-                measured = self._measured(name, results)
-                tensors[name] = tensors[name].same_batch(measured) if name in tensors else measured
-        digest = Digest()
-        digest.update(feeds)
-        batch = Statistics(tensors, batches=1, samples=_samples(feeds), data=digest.hexdigest())
-        self._finished[number] = batch
+        batch = None
+        for index, run in work:
+            results = run()
+            parts = {name: self._measured(name, results) for name in self._outputs}
+            if work.done(index, parts):
+                self._finished[number] = batch = self._whole(work)
         return batch
+
+    def _whole(self, work: _Work) -> Statistics:
+        pieces = work.parts()
+        tensors = {name: from_parts([piece[name] for piece in pieces], self._axes.get(name)) for name in self._outputs}
+        digest = Digest()
+        digest.update(work.feeds)
+        return Statistics(tensors, batches=1, samples=_samples(work.feeds), data=digest.hexdigest())
 
     def _merge(self) -> None:
         """Merges the oldest batches once there are enough of them."""
@@ -239,25 +279,15 @@ class _Run:
             for number in numbers:
                 del self._finished[number]
 
-    def _measured(self, name: str, results: dict[str, npt.NDArray[Any]]) -> TensorStatistics:
-        """The extremes of one value in one batch, or in a piece of it. Elements are counted and dropped."""
+    def _measured(self, name: str, results: Feeds) -> Part:
+        """What one value looked like in one batch, or in a piece of it. Elements are counted and dropped."""
         parts = {statistic: results.pop(output) for statistic, output in self._outputs[name].items()}
+        channels = parts.get(Statistic.CHANNEL_MINIMUM), parts.get(Statistic.CHANNEL_MAXIMUM)
         x = parts.get(Statistic.ELEMENTS)
-        if x is None:
-            count, squares = int(parts[Statistic.COUNT]), float(parts[Statistic.SUM_SQUARES])
-            low, high = float(parts[Statistic.MINIMUM]), float(parts[Statistic.MAXIMUM])
-        else:
-            count, squares = x.size, 0.0  # the sum of squares is told by the counts
-            low, high = self._counters[name].add(x)
-        return from_batch(
-            count=count,
-            minimum=low,
-            maximum=high,
-            sum_squares=squares,
-            channel_axis=self._axes.get(name),
-            channel_minimum=parts.get(Statistic.CHANNEL_MINIMUM),
-            channel_maximum=parts.get(Statistic.CHANNEL_MAXIMUM),
-        )
+        if x is not None:  # the sum of squares is told by the counts
+            return Part(x.size, 0.0, *self._counters[name].add(x), *channels)
+        count, squares = int(parts[Statistic.COUNT]), float(parts[Statistic.SUM_SQUARES])
+        return Part(count, squares, float(parts[Statistic.MINIMUM]), float(parts[Statistic.MAXIMUM]), *channels)
 
     def statistics(self) -> Statistics:
         """What the finished batches looked like."""
@@ -270,14 +300,30 @@ class _Run:
         return dataclasses.replace(total, tensors={**total.tensors, **counted})
 
 
-def _results(number: int, runner: Session, feeds: Feeds, apart: Apart | None) -> Iterator[Feeds]:
-    """What the observers return of a batch, a piece at a time. Of the first one, two samples were run before."""
+def _runs(number: int, runner: Session, feeds: Feeds, apart: Apart | None) -> Iterator[Callable[[], Feeds]]:
+    """To be called for what the observers return of a batch, a piece each. Two samples of the first were run before."""
     if apart is not None and number == 0:
-        yield from apart.ends
+        yield from (functools.partial(_taken, end) for end in apart.ends)
         feeds = {name: array[1:-1] for name, array in feeds.items()}
         if not rows(feeds):
             return
-    yield from map(runner.run, pieces(feeds, None if apart is None else apart.per_byte))
+    for piece in pieces(feeds, None if apart is None else apart.per_byte):
+        yield functools.partial(runner.run, piece)
+
+
+def _result(shares: Iterable[Future[Statistics | None]]) -> Iterator[Statistics]:
+    """What the batch gave, when all of them have ended."""
+    return filter(None, [share.result() for share in shares])
+
+
+def _taken(results: Feeds) -> Feeds:
+    return results
+
+
+def _emptied(batches: list[Feeds]) -> Iterator[Feeds]:
+    """The batches, none of which is held any longer."""
+    while batches:
+        yield batches.pop(0)
 
 
 def _samples(feeds: Feeds) -> int:

@@ -120,8 +120,8 @@ def _kept(array: Array, statistic: Statistic, samples: int) -> Array:
     whole = array.reshape(samples, -1)
     if whole.shape[1] <= _RUNS * _RUN:
         return whole.copy()
-    starts = np.linspace(0, whole.shape[1] - _RUN, _RUNS, dtype=np.int64)
-    return np.lib.stride_tricks.sliding_window_view(whole, _RUN, axis=1)[:, starts].reshape(samples, -1)
+    starts = np.arange(_RUNS) * (whole.shape[1] - _RUN) // (_RUNS - 1)
+    return whole[:, (starts[:, np.newaxis] + np.arange(_RUN)).reshape(-1)]
 
 
 def _same(one: Array, other: Array) -> bool:

@@ -7,11 +7,12 @@ arrays with one entry per batch follow the order and the size of the batches, wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -90,12 +91,6 @@ class TensorStatistics:
             channel_maximum=_merge_channels(np.fmax, self.channel_maximum, other.channel_maximum),
             sketch=_merge_sketches(self.sketch, other.sketch),
         )
-
-    def same_batch(self, other: TensorStatistics) -> TensorStatistics:
-        """The statistics of two parts of one batch."""
-        low = np.minimum(self.batch_minima, other.batch_minima)
-        high = np.maximum(self.batch_maxima, other.batch_maxima)
-        return dataclasses.replace(self.merge(other), batch_minima=low, batch_maxima=high)
 
 
 def _merge_channels(function: np.ufunc, left: Floats | None, right: Floats | None) -> Floats | None:
@@ -294,6 +289,35 @@ def from_batch(
         channel_axis=channel_axis,
         channel_minimum=channel_minimum,
         channel_maximum=channel_maximum,
+    )
+
+
+class Part(NamedTuple):
+    """What the observers in the graph returned of a batch, or of a piece of it: see `from_batch`."""
+
+    elements: int
+    sum_squares: float
+    minimum: float
+    maximum: float
+    channel_minimum: Floats | None
+    channel_maximum: Floats | None
+
+
+def from_parts(parts: Sequence[Part], channel_axis: int | None) -> TensorStatistics:
+    """The statistics of one batch, from its pieces, of which there is one at least.
+
+    Raises:
+        DataError: the pieces have other numbers of channels.
+    """
+    counts, squares, minima, maxima, channel_minima, channel_maxima = zip(*parts, strict=True)
+    return from_batch(
+        count=sum(counts),
+        minimum=float(np.min(minima)),  # NaN if one of them is
+        maximum=float(np.max(maxima)),
+        sum_squares=sum(squares),
+        channel_axis=channel_axis,
+        channel_minimum=functools.reduce(functools.partial(_merge_channels, np.fmin), channel_minima),
+        channel_maximum=functools.reduce(functools.partial(_merge_channels, np.fmax), channel_maxima),
     )
 
 

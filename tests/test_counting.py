@@ -52,13 +52,23 @@ def test_zeros_behind_a_relu_are_counted_as_others(count: Count, size: int, nega
     assert counted(table) == expected(np.tile(x, 2))  # reading it changes nothing
 
 
-@pytest.mark.parametrize("value", [0.0, 1.5, -0.0, np.nan])
-@pytest.mark.parametrize("times", [65_535, 65_536, 65_537, 5 << 20])
+@pytest.mark.parametrize("value", [0.0, 1.5, -0.0, np.nan, -1.5, 1e-45, -1e-39, np.inf, -np.inf])
+@pytest.mark.parametrize("times", [65_535, 65_536, 65_537, 1 << 20])
 def test_counts_do_not_overflow(count: Count, value: float, times: int) -> None:
     x, table = np.full(times, value, np.float32), Table(BITS)
     for _ in range(2):
         count(x, table)
     assert counted(table) == {int(x[:1].view(np.uint32)[0]) >> (32 - BITS): 2 * times}
+
+
+@pytest.mark.parametrize("size", [1, 63, 1000, 4096, 5000])
+def test_counts_do_not_overflow_in_small_steps(count: Count, size: int) -> None:
+    values = np.array([3, -3, 0, 1e-40, -1e-30, 3e38, 0.25], np.float32)
+    x, table = values[np.random.default_rng(size).choice(7, size, p=[0.7, 0.2, *[0.02] * 5])], Table(BITS)
+    steps = 200_000 // size
+    for _ in range(steps):
+        count(x, table)
+    assert counted(table) == {cell: steps * times for cell, times in expected(x).items()}
 
 
 @pytest.mark.parametrize(

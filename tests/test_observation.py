@@ -31,6 +31,11 @@ def model() -> ir.Model:
     return ir.from_onnx_text(MODEL)
 
 
+@pytest.fixture
+def by_sample() -> ir.Model:
+    return ir.from_onnx_text(MODEL.replace("float[3] shift", "float[n, 3] shift"))
+
+
 def batches(rows: np.ndarray, size: int) -> list[dict[str, np.ndarray]]:
     shift = np.array([1, 0, -1], np.float32)
     return [{"x": rows[i : i + size], "shift": shift} for i in range(0, len(rows), size)]
@@ -233,6 +238,39 @@ def test_ctrl_c_while_a_batch_runs_loses_none_and_counts_none_twice(
     assert_equal(part.tensors["y"].sketch, first.tensors["y"].sketch)
     np.testing.assert_array_equal(part.tensors["y"].batch_maxima, first.tensors["y"].batch_maxima)
     assert part.data == first.data
+
+
+@pytest.mark.parametrize("after", [2, 4, 6, 30])
+def test_ctrl_c_while_a_piece_runs_keeps_whole_batches(
+    by_sample: ir.Model, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qonnx.pieces._BYTES", 1)
+    stream = [{"x": rows(100)[i : i + 4], "shift": rows(100)[i : i + 4]} for i in range(0, 100, 4)]
+    with monkeypatch.context() as patch:
+        patch.setattr("qonnx.observation.observing_session", interrupting(after))
+        with pytest.raises(Interrupted) as caught:
+            observe(by_sample, ["y"], stream, distributions=["y"])
+    part = caught.value.statistics
+    assert after // 4 - 1 <= part.batches < 25
+    if part.batches:
+        first = observe(by_sample, ["y"], stream[: part.batches], distributions=["y"])
+        assert_equal(part.tensors["y"].sketch, first.tensors["y"].sketch)
+        assert part.data == first.data
+
+
+def test_which_piece_ends_first_changes_no_sum(by_sample: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qonnx.pieces._BYTES", 1)
+    run, random = Session.run, np.random.default_rng(0)
+
+    def late(self: Session, *arguments: Any) -> dict[str, np.ndarray]:
+        time.sleep(random.uniform(0, 2e-3))
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Session, "run", late)
+    x = np.exp(rows(64) * 5)
+    shift = np.zeros((64, 3), np.float32)
+    sums = {observe(by_sample, ["y"], [{"x": x, "shift": shift}]).tensors["y"].sum_squares for _ in range(5)}
+    assert len(sums) == 1
 
 
 def test_an_earlier_run_over_other_data_or_values_is_refused(model: ir.Model) -> None:
