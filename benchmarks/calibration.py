@@ -5,8 +5,9 @@
 MiniLM reads 128 tokens and MobileNetV2 224 pixels, in batches of 8. Every method runs in a process of its own, so that
 the peak is its own. Seconds are those of the quickest of all repeats. What a method costs is told by forward passes:
 each run is divided by a forward pass that was measured just before it, since the speed of a machine that others use too
-changes by the minute, and the median of these ratios is given. Loading the model and the choice of
-thresholds are apart: they do not grow with the data, and in ONNX Runtime's entropy calibrator they are the larger part.
+changes by the minute, and the median of these ratios is given; it is not the ratio of the seconds. Loading the model
+and the choice of thresholds are apart: they do not grow with the data, and in ONNX Runtime's entropy calibrator they
+are the larger part.
 
 ONNX Runtime's histogram calibrators keep every activation, and choose thresholds for minutes. They are run once, and
 beyond 32 samples with --peers-at-256 only.
@@ -49,7 +50,7 @@ Feeds = dict[str, npt.NDArray[Any]]
 class Cost(NamedTuple):
     """What one method took, in seconds and bytes: over the batches, and for everything before and after.
 
-    `passes` are the batches as a multiple of a forward pass, of each repeat.
+    `passes` is the time over the batches divided by that of the forward pass before it, one per repeat.
     """
 
     batches: float

@@ -1,6 +1,6 @@
 """The inner loop of calibration: one is added to a table for each element, at the index that its leading bits name.
 
-On the way it finds the smallest and the largest element, while both are in the cache. numba's loop takes 0.5 to 0.7
+On the way it finds the smallest and the largest element, while both are in the cache. numba's loop takes 0.5 to 1
 ns per element and lets go of the interpreter's lock, so that one batch is counted while another runs; NumPy's takes 2
 ns and holds it. Both give the same.
 """
@@ -34,13 +34,14 @@ _ZEROS = 32
 _OCTAVES = 16
 _LINE = 64
 
-# Cells are read together, or not at all if they are empty: 2^11 of them, a page of memory.
+# Cells are read together, or not at all if they are empty: 2^11 of them, a page of memory in `Table.low`.
 _PAGE = 11
 
-# What a narrow cell holds. A branch for each element, to see whether that is reached, would take a sixth of the time.
+# What a narrow cell holds. To look at each count whether that is reached would take a sixth of the time, so the number
+# of elements bounds all cells at once: see `Table.room`.
 _MOST = (1 << 16) - 1
 
-# What is found for the smallest magnitude, less one, where there are zeros alone.
+# 0 - 1 in uint32: what is found for the smallest magnitude, less one, of zeros alone.
 _NO_MAGNITUDE = 0xFFFFFFFF
 
 
@@ -54,8 +55,8 @@ class Table:
         shift: the other bits.
         low: [2**bits + 32] uint16, narrow, so that many cells fit into the cache. The last 32 are zeros, too.
         high: [2**bits + 32] int64, what does not fit into `low`.
-        used: [2**bits / 2048 + 1] bool, which pages of 2048 cells may hold anything.
-        room: [1] int64, how many elements may be added until a cell of `low` might be full.
+        used: [2**bits / 2048 + 1] bool; a page of 2048 cells of which this is False is empty.
+        room: [1] int64, so many more elements fit into `low`, even if all of them fall into its fullest cell.
     """
 
     def __init__(self, bits: int) -> None:
@@ -99,11 +100,13 @@ def counting() -> Count:
     # An array that is only read may be one that can be written, too.
     table = "uint32, uint16[::1], int64[::1], boolean[::1], int64[::1]"
     signature = f"UniTuple(int32, 2)(Array(uint32, 1, 'C', readonly=True), {table})"
-    # Not kept on disk: compiling takes 0.4 s, hardly more than loading, and damaged files would end a run.
     for function in (_mark, _spill, _fetch):
         numba.extending.register_jitable(function)
     numba.extending.overload(_prefetch)(_prefetching(numba))
-    loop = numba.njit(signature, nogil=True)(_loop)
+    try:  # kept on disk, as compiling takes seconds
+        loop = numba.njit(signature, nogil=True, cache=True)(_loop)
+    except Exception:  # files that are damaged, or that no folder takes
+        loop = numba.njit(signature, nogil=True)(_loop)
 
     def by_numba(x: Floats, table: Table) -> Extremes:
         if not x.size:
@@ -172,7 +175,7 @@ def _loop(patterns: Any, shift: Any, low: Any, high: Any, used: Any, room: Any) 
 
 
 def _mark(used: Any, shift: Any, smallest: Any, largest: Any, negative: Any) -> None:
-    """Notes the pages of zeros and of all magnitudes between two."""
+    """Notes the pages of zeros, and of all magnitudes between two; the smallest is given less one."""
     sign = (np.uint32(0x80000000) >> shift) >> _PAGE
     used[0] = used[-1] = True
     used[sign] |= negative
@@ -183,7 +186,7 @@ def _mark(used: Any, shift: Any, smallest: Any, largest: Any, negative: Any) -> 
 
 
 def _spill(low: Any, high: Any, used: Any) -> Any:
-    """Makes room in `low`; returns the most that a cell still holds."""
+    """Empties pages with a cell that is half full into `high`; returns the most that a cell of `low` still holds."""
     left = np.uint16(0)
     for page in range(used.size):
         if used[page]:

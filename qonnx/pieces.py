@@ -8,9 +8,9 @@ the time and half the memory that batches of eight do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from qonnx.rebatch import Batch, cut, has_batch_axis, rows
 from qonnx.runtime import Session
 
 Array = npt.NDArray[Any]
+
+# Of each output its bytes, and what is compared.
+_Kept: TypeAlias = Mapping[str, tuple[int, Array]]
 
 # What may be observed at a time.
 _BYTES = 1 << 26
@@ -57,8 +60,10 @@ class Apart(NamedTuple):
     ends: tuple[Batch, Batch]
 
 
-def run_apart(runner: Session, batch: Batch, outputs: Mapping[str, Statistic], pool: Executor) -> Apart | None:
-    """Runs the first and the last sample of a batch; None where batches must not be run in pieces.
+def run_apart(
+    runner: Session, batch: Batch, outputs: Mapping[str, Statistic], pool: Executor
+) -> Callable[[], Apart | None]:
+    """Begins to run the first and the last sample of a batch.
 
     They must not where the first axis is time and not samples, or where a mean is taken over all samples. The two
     samples are run together and apart, and all that is observed must be the same; a dependence that two samples do not
@@ -69,22 +74,38 @@ def run_apart(runner: Session, batch: Batch, outputs: Mapping[str, Statistic], p
         batch: the first one.
         outputs: what each output of the runner holds.
         pool: the threads that will run the model.
+
+    Returns:
+        What waits until they are run, and returns what that told; None where batches must not be run in pieces.
     """
     if not has_batch_axis(batch, runner.inputs) or rows(batch) < 2:
-        return None
+        return lambda: None
     tried = {name: array[[0, -1]] for name, array in batch.items()}
     if all(np.array_equal(*array) for array in tried.values()):
-        return None  # what two equal samples have in common is not what all have
+        return lambda: None  # what two equal samples have in common is not what all have
 
-    def kept(results: Batch, samples: int) -> dict[str, tuple[int, Array]]:
+    def kept(results: Batch, samples: int) -> _Kept:
         return {name: (results[name].nbytes, _kept(results[name], outputs[name], samples)) for name in outputs}
 
-    try:
-        both = pool.submit(lambda: kept(runner.run(tried), 2))
-        ends = tuple(pool.map(runner.run, cut(tried, 2)))
-        together, (first, last) = both.result(), (kept(results, 1) for results in ends)
-    except DataError:  # it runs on some numbers of samples only; if not even on this one, the batch itself says so
-        return None
+    both = pool.submit(lambda: kept(runner.run(tried), 2))
+    ends = [pool.submit(runner.run, end) for end in cut(tried, 2)]
+
+    def ended() -> Apart | None:
+        try:
+            together, (first, last) = both.result(), [end.result() for end in ends]
+        except DataError:  # it runs on some numbers of samples only; if not even on this one, the batch itself says so
+            return None
+        if not _alike(outputs, together, kept(first, 1), kept(last, 1)):
+            return None
+        elements = sum(int(together[name][1]) for name, statistic in outputs.items() if statistic is Statistic.COUNT)
+        observed = 4 * elements + sum(size for size, _ in together.values())
+        return Apart(observed / sum(array.nbytes for array in tried.values()), (first, last))
+
+    return ended
+
+
+def _alike(outputs: Mapping[str, Statistic], together: _Kept, first: _Kept, last: _Kept) -> bool:
+    """Whether all that was observed of two samples together is what was observed of them apart."""
     for name, statistic in outputs.items():
         (size, found), (half, one), (rest, other) = together[name], first[name], last[name]
         if statistic is Statistic.ELEMENTS:
@@ -92,10 +113,8 @@ def run_apart(runner: Session, batch: Batch, outputs: Mapping[str, Statistic], p
         else:
             alike = one.shape == other.shape and _same(found, _JOINED[statistic](one, other))
         if not alike:
-            return None
-    elements = sum(int(together[name][1]) for name, statistic in outputs.items() if statistic is Statistic.COUNT)
-    observed = 4 * elements + sum(size for size, _ in together.values())
-    return Apart(observed / sum(array.nbytes for array in tried.values()), (ends[0], ends[1]))
+            return False
+    return True
 
 
 def pieces(batch: Batch, per_byte: float | None) -> Iterator[Batch]:

@@ -1,4 +1,5 @@
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,15 @@ def test_counts_do_not_overflow(count: Count, value: float, times: int) -> None:
     assert counted(table) == {int(x[:1].view(np.uint32)[0]) >> (32 - BITS): 2 * times}
 
 
+def test_cells_that_are_nearly_full_stay_so(count: Count) -> None:
+    table, total = Table(BITS), np.zeros(0, np.float32)
+    for value, times in [(1.5, 32_000), (-1.5, 40_000), (1.5, 32_000), (1.5, 32_000), (-1.5, 40_000), (1.5, 32_000)]:
+        x = np.full(times, value, np.float32)
+        count(x, table)
+        total = np.concatenate([total, x])
+    assert counted(table) == expected(total)
+
+
 @pytest.mark.parametrize("size", [1, 63, 1000, 4096, 5000])
 def test_counts_do_not_overflow_in_small_steps(count: Count, size: int) -> None:
     values = np.array([3, -3, 0, 1e-40, -1e-30, 3e38, 0.25], np.float32)
@@ -100,4 +110,22 @@ def test_without_numba_numpy_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     counting.cache_clear()
     assert counting() is by_numpy
+    counting.cache_clear()
+
+
+def test_files_that_cannot_be_read_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba")
+    compiled, kept = numba.njit, list[bool]()
+
+    def njit(*arguments: Any, cache: bool = False, **options: Any) -> Any:
+        kept.append(cache)
+        if cache:
+            raise EOFError("damaged")
+        return compiled(*arguments, **options)
+
+    monkeypatch.setattr(numba, "njit", njit)
+    counting.cache_clear()
+    table = Table(BITS)
+    assert counting()(np.ones(5, np.float32), table) == (1, 1)
+    assert (kept, sum(counted(table).values())) == ([True, False], 5)
     counting.cache_clear()

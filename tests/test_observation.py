@@ -2,6 +2,7 @@ import itertools
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from qonnx.blocks import observing_session
 from qonnx.errors import DataError, ModelError
-from qonnx.observation import Interrupted, Progress, observe
+from qonnx.observation import Interrupted, Progress, _Work, observe
 from qonnx.runtime import Session
 from qonnx.sketch import Sketch, sketch
 from qonnx.statistics import Statistics
@@ -256,6 +257,55 @@ def test_ctrl_c_while_a_piece_runs_keeps_whole_batches(
         first = observe(by_sample, ["y"], stream[: part.batches], distributions=["y"])
         assert_equal(part.tensors["y"].sketch, first.tensors["y"].sketch)
         assert part.data == first.data
+
+
+@pytest.mark.parametrize("batches_before", [1, 2, 3])
+def test_ctrl_c_while_a_batch_is_read_loses_none_of_those_before(by_sample: ir.Model, batches_before: int) -> None:
+    def stream() -> Iterator[dict[str, np.ndarray]]:
+        yield from ({"x": rows(4), "shift": rows(4)} for _ in range(batches_before))
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted) as caught:
+        observe(by_sample, ["y"], stream(), distributions=["y"])
+    assert caught.value.statistics.batches == batches_before
+
+
+@pytest.mark.parametrize("failing", range(4, 12))
+def test_whichever_piece_fails_the_error_is_told(
+    by_sample: ir.Model, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qonnx.pieces._BYTES", 1)
+    run, ran = Session.run, itertools.count(1)
+
+    def broken(self: Session, *arguments: Any) -> dict[str, np.ndarray]:
+        if next(ran) == failing:
+            raise DataError("broken")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Session, "run", broken)
+    with pytest.raises(DataError, match="broken"):
+        observe(by_sample, ["y"], [{"x": rows(4), "shift": rows(4)}] * 3)
+
+
+def test_batches_are_not_held(by_sample: ir.Model) -> None:
+    held = list[weakref.ref[np.ndarray]]()
+
+    def stream() -> Iterator[dict[str, np.ndarray]]:
+        for _ in range(9):
+            x = rows(4)
+            held.append(weakref.ref(x))
+            yield {"x": x, "shift": rows(4)}
+            del x
+            assert sum(array() is not None for array in held) <= 4
+
+    assert observe(by_sample, ["y"], stream()).batches == 9
+
+
+def test_a_batch_ends_with_its_last_piece() -> None:
+    work = _Work({}, [dict, dict, dict])
+    taken = [index for index, _ in work]
+    assert [work.done(index, {}) for index in reversed(taken)] == [False, False, True]
+    assert not list(work)
 
 
 def test_which_piece_ends_first_changes_no_sum(by_sample: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:

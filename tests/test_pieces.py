@@ -53,7 +53,7 @@ def batch(samples: int = 8) -> Batch:
 def found(model: ir.Model, feeds: Batch) -> float | None:
     runner = session(with_outputs(model, ["y"]))
     with ThreadPoolExecutor(2) as pool:
-        apart = run_apart(runner, feeds, {"y": Statistic.ELEMENTS}, pool)
+        apart = run_apart(runner, feeds, {"y": Statistic.ELEMENTS}, pool)()
     return None if apart is None else apart.per_byte
 
 

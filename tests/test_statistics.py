@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qonnx.errors import DataError, OutputError
 from qonnx.sketch import sketch
-from qonnx.statistics import Statistics, TensorStatistics, from_batch
+from qonnx.statistics import Part, Statistics, TensorStatistics, from_batch, from_parts
 
 
 def of(*batches: Any, axis: int | None = None) -> TensorStatistics:
@@ -203,3 +203,20 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_an_unwritable_place_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="does not exist"):
         example().save(tmp_path / "missing" / "stats.npz")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", [0, 1])
+def test_a_bad_piece_shows_in_its_batch(bad: float, where: int) -> None:
+    pieces = [Part(3, 2.0, -1, 2, None, None), Part(4, 5.0, -3, 1, None, None)]
+    pieces[where] = Part(3, 0.0, bad, bad, None, None)
+    found = from_parts(pieces, None)
+    assert not found.finite
+    assert not np.isfinite(found.batch_maxima).any()
+    assert np.isnan(found.batch_minima).any() == np.isnan(bad)
+
+
+def test_pieces_of_other_channels_are_refused() -> None:
+    parts = [Part(n, 0.0, 0, 0, np.zeros(n, np.float32), np.zeros(n, np.float32)) for n in (2, 3)]
+    with pytest.raises(DataError, match="2 and 3 channels"):
+        from_parts(parts, 1)
