@@ -204,7 +204,7 @@ def child(method: str, model: str, data: str) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     batches, rest = METHODS[method](Path(model), Path(data))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps(Cost(batches, rest, peak)))
+    print(json.dumps((batches, rest, peak)))
 
 
 def run(method: str, model: Path, data: Path) -> Cost | str:
