@@ -623,6 +623,18 @@ def test_lint_finds_and_repairs(qonnx_: Qonnx, folder: Path) -> None:
     assert re.search(r"^E1 .* quantize_a_tensor_whose_name_is_longer_than_a_column$", fixed.out, re.MULTILINE)
     assert qonnx_("lint fixed.onnx").code == 0
     assert_refused(qonnx_("lint bad.onnx --fix"), folder, listing(folder), "--output")
+    assert "not quantized" not in qonnx_("lint quantized.onnx").out
+
+
+def test_lint_says_that_a_float_model_is_one(qonnx_: Qonnx, folder: Path) -> None:
+    model = ir.load(folder / "model.onnx")
+    for value in model.graph.inputs:
+        value.shape = ir.Shape([2, *(value.shape or ())[1:]])
+    ir.save(model, folder / "fixed_size.onnx")
+    done = qonnx_("lint fixed_size.onnx")
+    assert done.code == 0
+    assert "nothing found" in done.out
+    assert "the graph is not quantized: qonnx quantize fixed_size.onnx" in done.out
 
 
 def test_the_roofline_needs_no_gpu(qonnx_: Qonnx, folder: Path) -> None:

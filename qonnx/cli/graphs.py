@@ -29,7 +29,8 @@ def lint(
     from rich.text import Text
 
     from qonnx import linter
-    from qonnx.graph import save
+    from qonnx.engine.calibrate import holds_qdq
+    from qonnx.graph import load, save
     from qonnx.linter.table import findings_lines, fixes_lines
 
     if fix != (output is not None):
@@ -45,6 +46,8 @@ def lint(
         if fixed is not None and fixed.fixes:
             show([*fixes_lines(fixed.fixes), Text()])
         show(findings_lines(findings))
+        if not findings and not holds_qdq(load(model)):
+            show([Text(f"the graph is not quantized: qonnx quantize {model} makes one that is")])
     if any(finding.severity is linter.Severity.ERROR for finding in findings):
         raise typer.Exit(1)
 
