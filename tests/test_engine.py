@@ -10,7 +10,7 @@ import pytest
 from qonnx.engine import EngineLayer, EngineReport, build, build_engine
 from qonnx.engine.listing import NodePrecision, int8_nodes, parse_listing
 from qonnx.engine.messages import reason
-from qonnx.engine.profiles import profiles_of
+from qonnx.engine.profiles import profiles_of, sizes_in
 from qonnx.errors import DependencyError, EngineError, ModelError, OutputError, QonnxError, TargetError
 
 DIMS = {"batch": (1, 4, 16), "sequence": (1, 64, 128)}
@@ -280,10 +280,18 @@ def inputs(declaration: str) -> ir.Model:
         # The name tells the batch, wherever it stands.
         ("float[N,3] x, float[3,N] m", None, None, {"x": ((1, 3), (8, 3), (32, 3)), "m": ((3, 1), (3, 8), (3, 32))}),
         ("float[N,?] x", None, {"x": ((1, 2), (3, 4), (5, 6))}, {"x": ((1, 2), (3, 4), (5, 6))}),
+        ("float[N,?] x", {"x.1": (1, 5, 9)}, None, {"x": ((1, 1), (8, 5), (32, 9))}),
+        ("float[?,?] x", {"x.0": (1, 2, 3), "x.1": (1, 5, 9)}, None, {"x": ((1, 1), (2, 5), (3, 9))}),
     ],
 )
 def test_profiles(declaration: str, dims: object, given: object, expected: object) -> None:
     assert profiles_of(inputs(declaration), dims, given) == expected  # type: ignore[arg-type]
+
+
+def test_sizes_are_taken_from_data_whether_dimensions_have_names_or_not() -> None:
+    model = inputs("float[?,?] x, float[N,T] m")
+    shapes = [{"x": (4, 5), "m": (4, 7)}, {"x": (4, 9), "m": (4, 7)}, {"x": (2, 9), "m": (2, 8)}]
+    assert sizes_in(model, shapes) == {"x.0": (1, 4, 4), "x.1": (5, 9, 9), "N": (1, 4, 4), "T": (7, 7, 8)}
 
 
 def test_a_weight_that_is_also_an_input_has_no_profile() -> None:
@@ -297,7 +305,7 @@ def test_a_weight_that_is_also_an_input_has_no_profile() -> None:
     ("declaration", "dims", "given", "expected"),
     [
         ("float[N,T] x", None, None, "dimension 'T' of input 'x' is dynamic: give .* dims={'T': "),
-        ("float[N,?] x", None, None, "dimension 1 of input 'x' is dynamic: give .* profiles={'x': "),
+        ("float[N,?] x", None, None, r"dimension 'x.1' of input 'x' is dynamic: give .* --dim x.1=1,128,256"),
         ("float[N,3] x", {"M": (1, 2, 3)}, None, "dims names 'M', which the model does not have; it has 'N'"),
         ("float[2,3] x", {"M": (1, 2, 3)}, None, "it has none"),
         ("float[N,3] x", {"N": (4, 2, 8)}, None, r"\(4, 2, 8\) is not \(smallest, usual, largest\)"),

@@ -42,8 +42,8 @@ def engine(
         list[str] | None,
         typer.Option(
             metavar="NAME=MIN,USUAL,MAX",
-            help="Sizes of a dynamic dimension, such as sequence=1,128,256; may be repeated. "
-            "The batch is 1,8,32 if not given.",
+            help="Sizes of a dynamic dimension, such as sequence=1,128,256, or ids.1=1,128,256 for one without a name; "
+            "may be repeated. The batch is 1,8,32 if not given.",
         ),
     ] = None,
     data: Annotated[

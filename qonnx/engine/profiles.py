@@ -26,8 +26,9 @@ def profiles_of(
 
     Args:
         model: the model; only its inputs are looked at.
-        dims: sizes by the name of the dimension; a name that several inputs share has the same sizes in all of them.
-            A dimension that comes first in some input and is not listed is the batch, and gets 1, 8 and 32.
+        dims: sizes by the name of the dimension, or by `input.axis` for one without a name; a name that several inputs
+            share has the same sizes in all of them. A dimension that comes first in some input and is not listed is
+            the batch, and gets 1, 8 and 32.
         profiles: shapes by the name of the input, for what dimension names cannot say; they win over `dims`.
 
     Raises:
@@ -46,30 +47,30 @@ def profiles_of(
         if name in profiles:
             result[name] = _given(name, shape, profiles[name])
         elif not all(isinstance(size, int) for size in shape):
-            sizes = [_range(name, axis, size, ranges) for axis, size in enumerate(shape)]
+            sizes = [_range(name, size, ranges) for size in shape]
             smallest, usual, largest = zip(*sizes, strict=True)
             result[name] = (smallest, usual, largest)
     return result
 
 
 def _shape(value: ir.Value) -> tuple[int | str, ...]:
-    """Sizes, names of dynamic dimensions, and "" for those without a name."""
+    """Sizes, and names of dynamic dimensions: `input.axis` for those without one."""
     if value.shape is None:
         raise EngineError(f"input {value.name!r} has no declared rank; export the model with shapes")
-    return tuple(size if isinstance(size, int) else size.value or "" for size in value.shape)
+    sizes = [size if isinstance(size, int) else size.value for size in value.shape]
+    return tuple(
+        size if isinstance(size, int) and size >= 0 else (isinstance(size, str) and size) or f"{value.name}.{axis}"
+        for axis, size in enumerate(sizes)
+    )
 
 
-def _range(name: str, axis: int, size: int | str, ranges: Mapping[int | str, Range]) -> Range:
+def _range(name: str, size: int | str, ranges: Mapping[int | str, Range]) -> Range:
     if isinstance(size, int):
         return size, size, size
-    where = f"dimension {size or axis!r} of input {name!r}"
-    if size in ranges and (size or axis == 0):  # what has no name can only be told by its place
+    where = f"dimension {size!r} of input {name!r}"
+    if size in ranges:
         return _ascending(where, ranges[size])
-    remedy = (
-        f"dims={{{size!r}: (1, 128, 256)}} or --dim {size}=1,128,256, or data to take sizes from"
-        if size
-        else f"profiles={{{name!r}: (smallest, usual, largest)}} in Python, or by the name that an export can give it"
-    )
+    remedy = f"dims={{{size!r}: (1, 128, 256)}} or --dim {size}=1,128,256, or data to take sizes from"
     raise EngineError(f"{where} is dynamic: give its smallest, usual and largest size, such as {remedy}")
 
 
@@ -100,7 +101,7 @@ def _check_known(argument: str, given: Iterable[str], known: Iterable[str]) -> N
 
 
 def sizes_in(model: ir.Model, shapes: Iterable[Mapping[str, Sequence[int]]]) -> dict[str, Range]:
-    """The smallest, most frequent and largest size that dynamic dimensions have in some batches, by their names.
+    """The smallest, most frequent and largest size that dynamic dimensions have in some batches, by `dims`' names.
 
     The batch reaches down to 1 whatever was seen.
 
@@ -113,7 +114,7 @@ def sizes_in(model: ir.Model, shapes: Iterable[Mapping[str, Sequence[int]]]) -> 
     for batch in shapes:
         for name, given in batch.items():
             for size, actual in zip(inputs.get(name, ()), given, strict=False):
-                if isinstance(size, str) and size:
+                if isinstance(size, str):
                     seen.setdefault(size, Counter())[actual] += 1
     first = {shape[0] for shape in inputs.values() if shape}
     return {

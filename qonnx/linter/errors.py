@@ -290,11 +290,8 @@ def e11_dynamic_inputs(model: ir.Model) -> Iterator[Finding]:
                 continue
             asked.add(name)
             message = f"dimension {name or axis!r} of input {value.name!r} is dynamic"
-            argument = (
-                f"dims={{{name!r}: (1, 128, 256)}} or --dim {name}=1,128,256"
-                if name
-                else f"profiles={{{value.name!r}: (...)}}"
-            )
+            known = name or f"{value.name}.{axis}"
+            argument = f"dims={{{known!r}: (1, 128, 256)}} or --dim {known}=1,128,256"
             remedy = f"give its range when the engine is built: {argument}"
             yield Finding("E11", Severity.WARNING, value.name or "", message, remedy)
 
