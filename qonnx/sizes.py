@@ -27,7 +27,7 @@ def at_sizes(model: ir.Model, dims: Mapping[str, int] | None = None) -> ir.Model
     sizes = resolve_dims(model, dims)
     copy = model.clone()
     for value in _inputs(copy):
-        dynamic = dict(_dynamic(value))
+        dynamic = dict(dynamic_dimensions(value))
         fixed = [sizes[dynamic[axis]] if axis in dynamic else size for axis, size in enumerate(value.shape or ())]
         value.shape = ir.Shape(fixed)
     _infer(copy)
@@ -54,7 +54,7 @@ def resolve_dims(model: ir.Model, dims: Mapping[str, int] | None = None) -> dict
     for value in _inputs(model):
         if value.shape is None:
             raise DataError(f"input {value.name!r} has no declared rank; export the model with shapes")
-        for axis, name in _dynamic(value):
+        for axis, name in dynamic_dimensions(value):
             dynamic.setdefault(name, value.name or "")
             if axis == 0:
                 sizes[name] = 1
@@ -98,8 +98,8 @@ def _inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
 
 
-def _dynamic(value: ir.Value) -> Iterator[tuple[int, str]]:
-    """Axis and name of each dynamic dimension."""
+def dynamic_dimensions(value: ir.Value) -> Iterator[tuple[int, str]]:
+    """Axis and name of each dynamic dimension: `input.axis` for one without a name."""
     for axis, size in enumerate(value.shape or ()):
         if not isinstance(size, int) or size < 0:
             yield axis, (None if isinstance(size, int) else size.value) or f"{value.name}.{axis}"

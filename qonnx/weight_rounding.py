@@ -59,6 +59,7 @@ class _Stored(NamedTuple):
 
     tensor: TensorPlan
     layers: tuple[Linear, ...]
+    weight: ir.TensorProtocol
 
     @property
     def inputs(self) -> tuple[Inputs, ...]:
@@ -101,7 +102,7 @@ def round_weights(
                 factors[key] = _factor([sums[each] for each in stored.inputs if each in sums], key[1], samples)
             by = factors[key]
             if by is not None:
-                _put(changed, stored.tensor, _codes(model, stored, by))
+                _put(changed, stored, _codes(stored, by))
                 done.add(stored.tensor.value)
     return Rounded(changed if done else model, _as_done(plan, done), _notes(plan, done, bool(batches)))
 
@@ -139,9 +140,14 @@ def _stored(model: ir.Model, wanted: Sequence[TensorPlan]) -> Iterator[_Stored]:
             continue
         edges = {(reader.name, index) for reader, index in (layer.weight_reader for layer in readers)}
         planned = {(edge.node, edge.input) for edge in tensor.edges}
-        used = {(usage.node.name, usage.idx) for usage in model.graph.initializers[tensor.value].uses()}
-        if used == planned == edges and all(_fits(layer, tensor) for layer in readers):
-            yield _Stored(tensor, tuple(readers))
+        value = model.graph.initializers[tensor.value]
+        used = {(usage.node.name, usage.idx) for usage in value.uses()}
+        if (
+            used == planned == edges
+            and all(_fits(layer, tensor) for layer in readers)
+            and value.const_value is not None
+        ):
+            yield _Stored(tensor, tuple(readers), value.const_value)
 
 
 def _fits(layer: Linear, tensor: TensorPlan) -> bool:
@@ -183,15 +189,13 @@ def _factor(moments: Sequence[Moments], around: bool, samples: int) -> Factor | 
         return None
 
 
-def _codes(model: ir.Model, stored: _Stored, by: Factor) -> npt.NDArray[Any]:
+def _codes(stored: _Stored, by: Factor) -> npt.NDArray[Any]:
     """The codes in the shape of the weight."""
     tensor, layer = stored.tensor, stored.layers[0]
-    weight = model.graph.initializers[tensor.value].const_value
-    assert weight is not None
-    stored_weight = float32(weight.numpy())
-    moved = np.moveaxis(stored_weight, layer.input_axis, 0)
+    weight = float32(stored.weight.numpy())
+    moved = np.moveaxis(weight, layer.input_axis, 0)
     matrix = moved.reshape(len(moved), -1)
-    scale, zero_point = parameters(tensor, stored_weight.shape)
+    scale, zero_point = parameters(tensor, weight.shape)
     size = tensor.granularity.block_size if isinstance(tensor.granularity, Blocked) else len(matrix)
     steps, zeros = (_by_block(each, tensor, layer, matrix.shape[1]) for each in (scale, zero_point))
     codes = round_with_feedback(matrix, by, steps, zeros, size, tensor.dtype)
@@ -205,15 +209,14 @@ def _by_block(array: npt.NDArray[Any], tensor: TensorPlan, layer: Linear, output
     return np.broadcast_to(array, (1, outputs))
 
 
-def _put(model: ir.Model, tensor: TensorPlan, codes: npt.NDArray[Any]) -> None:
+def _put(model: ir.Model, stored: _Stored, codes: npt.NDArray[Any]) -> None:
     """Makes the initializer what the codes stand for, computed when it is read: codes take a quarter of the room."""
-    value = model.graph.initializers[tensor.value]
-    old = value.const_value
-    assert old is not None
+    tensor, dtype = stored.tensor, stored.weight.dtype
     scale, zero_point = parameters(tensor, codes.shape)
 
     def evaluate() -> ir.TensorProtocol:
         values = dequantize(codes, scale, zero_point, tensor.granularity)
-        return ir.Tensor(values.astype(old.dtype.numpy()), dtype=old.dtype)
+        return ir.Tensor(values.astype(dtype.numpy()), dtype=dtype)
 
-    value.const_value = ir.LazyTensor(evaluate, dtype=old.dtype, shape=ir.Shape(codes.shape), name=tensor.value)
+    lazy = ir.LazyTensor(evaluate, dtype=dtype, shape=ir.Shape(codes.shape), name=tensor.value)
+    model.graph.initializers[tensor.value].const_value = lazy

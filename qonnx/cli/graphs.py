@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qonnx.cli.shared import TargetName, show
+from qonnx.cli.shared import TargetName, show, suggest
 from qonnx.errors import DependencyError, OutputError
 
 
@@ -35,8 +35,9 @@ def lint(
 
     if fix != (output is not None):
         raise OutputError("--fix and --output belong together: qonnx lint MODEL.onnx --fix -o FIXED.onnx")
-    fixed = linter.fix(model, target=target, exact_only=exact) if fix else None
-    findings = linter.lint(model, target=target) if fixed is None else fixed.findings
+    loaded = load(model)
+    fixed = linter.fix(loaded, target=target, exact_only=exact) if fix else None
+    findings = linter.lint(loaded, target=target) if fixed is None else fixed.findings
     if fixed is not None and output is not None:
         save(fixed.model, output)
     if json:
@@ -46,8 +47,9 @@ def lint(
         if fixed is not None and fixed.fixes:
             show([*fixes_lines(fixed.fixes), Text()])
         show(findings_lines(findings))
-        if not findings and not holds_qdq(load(model)):
-            show([Text(f"the graph is not quantized: qonnx quantize {model} makes one that is")])
+        if not findings and not holds_qdq(loaded):
+            show([Text("the graph is not quantized")])
+            suggest("quantize", model, "--data", "FOLDER")
     if any(finding.severity is linter.Severity.ERROR for finding in findings):
         raise typer.Exit(1)
 

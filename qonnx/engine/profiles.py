@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from qonnx.engine.protocol import Profile
 from qonnx.errors import EngineError
+from qonnx.sizes import dynamic_dimensions
 
 # The smallest, the usual and the largest size of one dimension.
 Range = tuple[int, int, int]
@@ -57,10 +58,9 @@ def _shape(value: ir.Value) -> tuple[int | str, ...]:
     """Sizes, and names of dynamic dimensions: `input.axis` for those without one."""
     if value.shape is None:
         raise EngineError(f"input {value.name!r} has no declared rank; export the model with shapes")
-    sizes = [size if isinstance(size, int) else size.value for size in value.shape]
+    names = dict(dynamic_dimensions(value))
     return tuple(
-        size if isinstance(size, int) and size >= 0 else (isinstance(size, str) and size) or f"{value.name}.{axis}"
-        for axis, size in enumerate(sizes)
+        size if isinstance(size, int) and axis not in names else names[axis] for axis, size in enumerate(value.shape)
     )
 
 

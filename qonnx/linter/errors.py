@@ -29,6 +29,7 @@ from qonnx.linter.view import (
     size_of,
     sizes_of,
 )
+from qonnx.sizes import dynamic_dimensions
 
 _ACCEPTED = frozenset({ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1})
 _HALVES = frozenset({ir.DataType.INT4, ir.DataType.FLOAT4E2M1})
@@ -276,22 +277,19 @@ def e11_dynamic_inputs(model: ir.Model) -> Iterator[Finding]:
     input.
     """
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
-    batch = {value.shape[0] for value in inputs if value.shape}
-    asked: set[object] = set()
+    batch = {name for value in inputs for axis, name in dynamic_dimensions(value) if axis == 0}
+    asked: set[str] = set()
     for value in inputs:
         if value.shape is None:
             message, remedy = f"input {value.name!r} has no declared rank", "export the model with shapes"
             yield Finding("E11", Severity.ERROR, value.name or "", message, remedy)
             continue
-        for axis, size in enumerate(value.shape):
-            name = None if isinstance(size, int) else size.value
-            given = isinstance(size, int) or axis == 0 or (name is not None and size in batch)
-            if given or (name is not None and name in asked):
+        for axis, name in dynamic_dimensions(value):
+            if axis == 0 or name in batch or name in asked:
                 continue
             asked.add(name)
-            message = f"dimension {name or axis!r} of input {value.name!r} is dynamic"
-            known = name or f"{value.name}.{axis}"
-            argument = f"dims={{{known!r}: (1, 128, 256)}} or --dim {known}=1,128,256"
+            message = f"dimension {name!r} of input {value.name!r} is dynamic"
+            argument = f"dims={{{name!r}: (1, 128, 256)}} or --dim {name}=1,128,256"
             remedy = f"give its range when the engine is built: {argument}"
             yield Finding("E11", Severity.WARNING, value.name or "", message, remedy)
 
