@@ -25,14 +25,16 @@ Extremes: TypeAlias = tuple[float, float]
 _CHUNK = 1 << 12
 _NUMPY_CHUNK = 1 << 16
 
-# Adding to a cell has to wait for what was just added to it. Neighbours are often alike, so elements of so many parts
+# Adding to a cell has to wait for what was just added to it. Neighbours are often alike, so elements of the two halves
 # of a chunk are counted in turn; and behind a ReLU many are zeros, which have so many more cells.
-_PARTS = 8
 _ZEROS = 32
 
 # Most elements lie in so many octaves below the largest: their cells are fetched into the cache before any is needed.
 _OCTAVES = 16
 _LINE = 64
+
+# A line of the cache holds so many elements.
+_AHEAD = _LINE // 4
 
 # Cells are read together, or not at all if they are empty: 2^11 of them, a page of memory in `Table.low`.
 _PAGE = 11
@@ -138,39 +140,34 @@ def extremes(x: npt.NDArray[np.floating[Any]]) -> Extremes:
 
 def _loop(patterns: Any, shift: Any, low: Any, high: Any, used: Any, room: Any) -> Any:
     """The least and the most pattern, as integers in the order of the floats: NaN lies before -inf or behind inf."""
-    least, most = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    least, most, magnitude = np.int32(0x7FFFFFFF), np.int32(-0x80000000), np.uint32(_NO_MAGNITUDE)
     zeros, cells = np.uint32(low.size - _ZEROS), np.empty(_CHUNK, np.uint32)
     for start in range(0, patterns.size, _CHUNK):
         chunk = patterns[start : start + _CHUNK]
-        signed, magnitude = chunk.view(np.int32), np.uint32(_NO_MAGNITUDE)
-        smallest, largest = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-        # Integers, and loops without branches: so they are vectorized.
-        for element in range(signed.size):
-            key = signed[element] ^ ((signed[element] >> 31) & np.int32(0x7FFFFFFF))
-            smallest, largest = min(smallest, key), max(largest, key)
-            # One less, so that zeros come last.
-            magnitude = min(magnitude, np.uint32((chunk[element] & np.uint32(0x7FFFFFFF)) - np.uint32(1)))
-        least, most = min(least, smallest), max(most, largest)
-        if smallest == 0:  # the output of a ReLU
-            for element in range(chunk.size):
-                cell = chunk[element] >> shift
-                cells[element] = cell if cell else zeros + (np.uint32(element) & np.uint32(_ZEROS - 1))
-        else:
-            for element in range(chunk.size):
-                cells[element] = chunk[element] >> shift
-        _mark(used, shift, magnitude, np.uint32(max(largest, ~smallest)), smallest < 0)
-        if start == 0:
-            _fetch(low, shift, np.uint32(max(largest, ~smallest)), smallest < 0)
+        signed = chunk.view(np.int32)
         if room[0] < chunk.size:
+            _mark(used, shift, magnitude, np.uint32(max(most, ~least)), least < 0)  # what was added until here
             room[0] = _MOST - _spill(low, high, used)
         room[0] -= chunk.size
-        length = chunk.size // _PARTS
-        for element in range(length):
-            _prefetch(patterns, start + _CHUNK + _PARTS * element)  # of the next chunk
-            for part in range(_PARTS):
-                low[cells[part * length + element]] += np.uint16(1)
-        for element in range(_PARTS * length, chunk.size):
+        # Integers, and no branches: so it is vectorized.
+        for element in range(chunk.size):
+            key = signed[element] ^ ((signed[element] >> 31) & np.int32(0x7FFFFFFF))
+            least, most = min(least, key), max(most, key)
+            # One less, so that zeros come last.
+            magnitude = min(magnitude, np.uint32((chunk[element] & np.uint32(0x7FFFFFFF)) - np.uint32(1)))
+            cell = chunk[element] >> shift
+            cells[element] = cell if cell else zeros + (np.uint32(element) & np.uint32(_ZEROS - 1))
+        if start == 0:
+            _fetch(low, shift, np.uint32(max(most, ~least)), least < 0)
+        half = chunk.size // _AHEAD * (_AHEAD // 2)
+        for first in range(0, half, _AHEAD // 2):
+            _prefetch(patterns, start + _CHUNK + 2 * first)  # of the next chunk
+            for element in range(first, first + _AHEAD // 2):
+                low[cells[element]] += np.uint16(1)
+                low[cells[half + element]] += np.uint16(1)
+        for element in range(2 * half, chunk.size):
             low[cells[element]] += np.uint16(1)
+    _mark(used, shift, magnitude, np.uint32(max(most, ~least)), least < 0)
     return least, most
 
 
