@@ -24,7 +24,8 @@ class GroupReport(msgspec.Struct, frozen=True):
         method: what was done, with its parameter; "" where nothing was.
         parameter: alpha, or the threshold.
         nodes: how many nodes were added for it.
-        crest: the largest magnitude of the widest channel over that of the median channel, before.
+        crest: the largest magnitude of the widest channel over that of the median channel, before. Channels that are
+            always zero, or that no quantized layer reads, do not count.
         smoothed_crest: the same after.
         weight_growth: how many times larger the largest weight became; the most of all layers.
         sqnr_db: estimated signal-to-noise ratio of the results of the layers once quantized, before; None where no
@@ -68,8 +69,13 @@ def added_nodes(group: SmoothGroup, choice: Choice) -> int:
 
 
 def crest(reach: Vector) -> float:
-    """How far the widest channel sticks out over the median one."""
-    return round(float(reach.max() / max(float(np.median(reach)), 1e-30)), 2)
+    """How far the widest channel sticks out over the median one of those that are not always zero.
+
+    >>> crest(np.array([0.0, 0.0, 0.0, 4.0, 1.0, 1.0]))
+    4.0
+    """
+    used = reach[reach > 0]
+    return round(float(used.max() / np.median(used)), 2) if used.size else 1.0
 
 
 def weight_growth(group: SmoothGroup, choice: Choice) -> float:
