@@ -88,6 +88,9 @@ _OPERATORS_BY_REASON: Mapping[str, str] = {
     "post-processing": "ArgMax ArgMin NonMaxSuppression TopK Unique",
     "its two products are inside one operator: export at opset 22 or lower to quantize them": "Attention",
 }
+# What `Target.quantize_outputs` is about.
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+
 _FLOAT_REASONS = {op: reason for reason, ops in _OPERATORS_BY_REASON.items() for op in ops.split()}
 _OTHER = "not an operator that this target runs on integers"
 
@@ -214,20 +217,28 @@ def _extend(
     return added
 
 
+def written_edges(node: ir.Node) -> tuple[str, tuple[Edge, ...]]:
+    """What a convolution on integers writes, after its activation function, and all edges that read that.
+
+    For a target with `quantize_outputs` these are quantized together with the convolution; none where others read it,
+    too: the caller, or a graph inside a node.
+    """
+    output = node.outputs[0]
+    uses = list(output.uses())
+    if len(uses) == 1 and uses[0].node.op_type in ACTIVATION_FUNCTIONS:
+        output = uses[0].node.outputs[0]
+    if output.is_graph_output() or any(usage.node.graph is not node.graph for usage in output.uses()):
+        return "", ()
+    return output.name or "", tuple(Edge(usage.node.name or "", usage.idx) for usage in output.uses())
+
+
 def _quantize_outputs(graph: ir.Graph, quantized: set[str], activations: dict[str, set[Edge]]) -> None:
-    """Quantizes what each quantized convolution writes, after its activation function, for all of its readers."""
+    """Quantizes what each quantized convolution writes, for all of its readers."""
     for node in graph:
-        if node.name not in quantized or node.op_type not in ("Conv", "ConvTranspose"):
-            continue
-        output = node.outputs[0]
-        uses = list(output.uses())
-        if len(uses) == 1 and uses[0].node.op_type in ACTIVATION_FUNCTIONS:
-            output = uses[0].node.outputs[0]
-        if output.is_graph_output() or any(usage.node.graph is not graph for usage in output.uses()):
-            continue
-        edges = {Edge(usage.node.name or "", usage.idx) for usage in output.uses()}
-        if edges and output.name:
-            activations.setdefault(output.name, set()).update(edges)
+        if node.name in quantized and node.op_type in CONVOLUTIONS:
+            value, edges = written_edges(node)
+            if edges and value:
+                activations.setdefault(value, set()).update(edges)
 
 
 def _tie_inputs(
@@ -274,7 +285,7 @@ def _skip_input(node: ir.Node, quantized: set[str]) -> int | None:
         if value is not None
         and (producer := value.producer()) is not None
         and producer.name in quantized
-        and producer.op_type in ("Conv", "ConvTranspose")
+        and producer.op_type in CONVOLUTIONS
         and len(value.uses()) == 1
         and not value.is_graph_output()
     ]

@@ -10,7 +10,7 @@ With n quantized layers that costs n + 1 passes over one batch, and no graph is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,8 +22,10 @@ from qonnx.attention import MOVES
 from qonnx.comparison import difference
 from qonnx.graph import Names, constant
 from qonnx.passes.insert_qdq import InsertQDQ
+from qonnx.placement import CONVOLUTIONS, Edge, written_edges
 from qonnx.plan import QuantPlan
 from qonnx.runtime import session
+from qonnx.targets import target
 
 # On the way from the place where a value is quantized to the layer that needs it.
 _LEADS_TO_LAYER = MOVES | {"Cast", "Concat", "DequantizeLinear", "MaxPool", "QuantizeLinear"}
@@ -91,7 +93,7 @@ def _with_switches(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, str]:
         shape=ir.Shape([len(plan.quantized_layers)]),
     )
     graph.inputs.append(switches)
-    layer_of = _layer_of_nodes(graph, plan)
+    layers_of = _layers_of_edges(model.graph, graph, plan, edges)
     for edge in sorted(edges):
         node, original = nodes[edge.node], before[edge]
         quantized = node.inputs[edge.input]
@@ -100,8 +102,8 @@ def _with_switches(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, str]:
         if original is None:
             original = _zeros(graph, names, quantized)
         chosen = original
-        if edge.node in layer_of:
-            switch = _switch(graph, names, switches, layer_of[edge.node], quantized, original)
+        if layers_of[edge]:
+            switch = _switch(graph, names, switches, layers_of[edge], quantized, original)
             graph.insert_before(node, switch)
             chosen = switch[-1].outputs[0]
         node.replace_input_with(edge.input, chosen)
@@ -110,6 +112,23 @@ def _with_switches(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, str]:
 
 def _read(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _layers_of_edges(
+    model: ir.Graph, quantized: ir.Graph, plan: QuantPlan, edges: Collection[Edge]
+) -> dict[Edge, set[int]]:
+    """The layers that each are reason enough to quantize an edge: who needs it, and the convolution that writes it.
+
+    The latter where the target runs a convolution on integers only if it writes integers.
+    """
+    layer_of = _layer_of_nodes(quantized, plan)
+    layers = {edge: {layer_of[edge.node]} if edge.node in layer_of else set[int]() for edge in edges}
+    if target(plan.target).quantize_outputs:
+        for node in model:
+            if node.op_type in CONVOLUTIONS and node.name in layer_of:
+                for edge in layers.keys() & set(written_edges(node)[1]):
+                    layers[edge].add(layer_of[node.name])
+    return layers
 
 
 def _layer_of_nodes(graph: ir.Graph, plan: QuantPlan) -> dict[str, int]:
@@ -132,15 +151,22 @@ def _layer_of_nodes(graph: ir.Graph, plan: QuantPlan) -> dict[str, int]:
 
 
 def _switch(
-    graph: ir.Graph, names: Names, switches: ir.Value, layer: int, quantized: ir.Value, original: ir.Value
+    graph: ir.Graph, names: Names, switches: ir.Value, layers: Collection[int], quantized: ir.Value, original: ir.Value
 ) -> list[ir.Node]:
-    """The nodes that choose between the quantized and the float value."""
-    number = _constant(graph, names.fresh(f"layer_{layer}"), np.array(layer, np.int64))
-    gather = ir.node("Gather", [switches, number], name=names.fresh("switch"))
-    gather.outputs[0].name = names.fresh("switch_value")
-    where = ir.node("Where", [gather.outputs[0], quantized, original], name=names.fresh("switch_edge"))
-    where.outputs[0].name = names.fresh("switched")
-    return [gather, where]
+    """The nodes that choose between the quantized and the float value: the former where one of the layers is on."""
+    nodes: list[ir.Node] = []
+    for layer in sorted(layers):
+        number = _constant(graph, names.fresh(f"layer_{layer}"), np.array(layer, np.int64))
+        nodes.append(_node(names, "Gather", [switches, number], "switch"))
+        if len(nodes) > 1:
+            nodes.append(_node(names, "Or", [nodes[-2].outputs[0], nodes[-1].outputs[0]], "switch"))
+    return [*nodes, _node(names, "Where", [nodes[-1].outputs[0], quantized, original], "switched")]
+
+
+def _node(names: Names, op: str, inputs: Sequence[ir.Value], stem: str) -> ir.Node:
+    node = ir.node(op, inputs, name=names.fresh(stem))
+    node.outputs[0].name = names.fresh(f"{stem}_value")
+    return node
 
 
 def _zeros(graph: ir.Graph, names: Names, like: ir.Value) -> ir.Value:
