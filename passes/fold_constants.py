@@ -73,6 +73,8 @@ class FoldConstants(ir.passes.InPlacePass):
 
     def _should_fold(self, node: ir.Node) -> bool | None:
         """False to leave a node alone, True to fold it, None for the folder's own judgement."""
+        if len(node.outputs) > 1:
+            return False  # the folder cannot, and says so on standard error
         if node.op_type == "ConstantOfShape":
             return True
         if node.op_type == "Transpose":

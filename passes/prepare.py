@@ -1,9 +1,10 @@
 """One normal form for any float graph, computing the same function.
 
 Afterwards every constant of the main graph is an initializer, functions are inlined, what depends on constants alone is
-folded, fused operators of ONNX Runtime are written out, BatchNormalization is part of the weights where it can be,
-matrix products are MatMul and not Einsum, normalisations and Gelu are single nodes where the opset has them, every node
-has a unique name, and types and shapes are known as far as they can be. The names and types of inputs and outputs stay.
+folded, weights that are computed from others are stored, fused operators of ONNX Runtime are written out,
+BatchNormalization is part of the weights where it can be, matrix products are MatMul and not Einsum, normalisations and
+Gelu are single nodes where the opset has them, every node has a unique name, and types and shapes are known as far as
+they can be. The names and types of inputs and outputs stay.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ from collections import Counter
 from collections.abc import Iterator
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, RemoveUnusedOpsetsPass, TopologicalSortPass
+from onnx_ir.passes.common import (
+    InlinePass,
+    RemoveUnusedFunctionsPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+    TopologicalSortPass,
+)
 
 from qonnx.errors import ModelError
 from qonnx.graph import all_graphs, first_line, is_float
 from qonnx.passes.expand_fused import EXPANDED_OPSET, FUSED_OPERATORS, ExpandFused, fused_nodes
 from qonnx.passes.fold_batchnorm import FoldBatchNorm
 from qonnx.passes.fold_constants import FoldConstants
+from qonnx.passes.fold_weights import FoldWeights
 from qonnx.passes.fuse_gelu import FuseGelu
 from qonnx.passes.fuse_norms import LAYER_NORM_OPSET, FuseNorms, decomposed_norms
 from qonnx.passes.infer_shapes import InferShapes
@@ -114,6 +122,8 @@ def _sort(model: ir.Model) -> None:
 def _fold(model: ir.Model, notes: list[str]) -> None:
     before = _operators(model)
     _attempt(FoldConstants(), model, notes)
+    FoldWeights()(model)
+    RemoveUnusedNodesPass()(model)
     gone = before - _operators(model)
     constants = gone.pop("Constant", 0)
     if constants:

@@ -18,7 +18,7 @@ from qonnx.graph import constant, is_float, is_initializer, rank
 LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 # What may stand between a stored weight and its operator without changing which values belong to one output channel.
-_WEIGHT_PATH_OPS = frozenset({"Transpose", "Cast", "Identity"})
+WEIGHT_PATH_OPS = frozenset({"Transpose", "Cast", "Identity"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,7 @@ def _stored_weight(node: ir.Node, index: int) -> tuple[ir.Value, tuple[ir.Node, 
     path: list[ir.Node] = []
     while value is not None and not is_initializer(value):
         producer = value.producer()
-        if producer is None or producer.op_type not in _WEIGHT_PATH_OPS or producer.domain not in ("", "ai.onnx"):
+        if producer is None or producer.op_type not in WEIGHT_PATH_OPS or producer.domain not in ("", "ai.onnx"):
             return None
         if value.is_graph_output() or not all(
             _same_use(node, index, path, usage.node, usage.idx) for usage in value.uses()
