@@ -21,6 +21,9 @@ import numpy.typing as npt
 Floats: TypeAlias = npt.NDArray[np.float32]
 Extremes: TypeAlias = tuple[float, float]
 
+# The trailing bits of a float32, which do not name a cell: see `qonnx.sketch`. A constant of the compiled loop.
+SHIFT = 12
+
 # Elements looked at at a time: the cells that they name stay in the cache until they are counted.
 _CHUNK = 1 << 12
 _NUMPY_CHUNK = 1 << 16
@@ -50,20 +53,15 @@ _NO_MAGNITUDE = 0xFFFFFFFF
 class Table:
     """How many elements begin with each pattern of bits: `low + high`. Memory is that of the pages that are written.
 
-    Args:
-        bits: how many of the leading bits of a float32 name a cell; 11 at least.
-
     Attributes:
-        shift: the other bits.
-        low: [2**bits + 32] uint16, narrow, so that many cells fit into the cache. The last 32 are zeros, too.
-        high: [2**bits + 32] int64, what does not fit into `low`.
-        used: [2**bits / 2048 + 1] bool; a page of 2048 cells of which this is False is empty.
+        low: [2**20 + 32] uint16, narrow, so that many cells fit into the cache. The last 32 are zeros, too.
+        high: [2**20 + 32] int64, what does not fit into `low`.
+        used: [2**20 / 2048 + 1] bool; a page of 2048 cells of which this is False is empty.
         room: [1] int64, so many more elements fit into `low`, even if all of them fall into its fullest cell.
     """
 
-    def __init__(self, bits: int) -> None:
-        self.shift = 32 - bits
-        size = (1 << bits) + _ZEROS
+    def __init__(self) -> None:
+        size = (1 << 32 - SHIFT) + _ZEROS
         self.low: npt.NDArray[np.uint16] = np.frombuffer(_zeros(2 * size), np.uint16)
         self.high: npt.NDArray[np.int64] = np.frombuffer(_zeros(8 * size), np.int64)
         self.used: npt.NDArray[np.bool_] = np.zeros((size >> _PAGE) + 1, np.bool_)
@@ -100,7 +98,7 @@ def counting() -> Count:
     except ImportError:
         return by_numpy
     # An array that is only read may be one that can be written, too.
-    table = "uint32, uint16[::1], int64[::1], boolean[::1], int64[::1]"
+    table = "uint16[::1], int64[::1], boolean[::1], int64[::1]"
     signature = f"UniTuple(int32, 2)(Array(uint32, 1, 'C', readonly=True), {table})"
     for function in (_mark, _spill, _fetch):
         numba.extending.register_jitable(function)
@@ -113,7 +111,7 @@ def counting() -> Count:
     def by_numba(x: Floats, table: Table) -> Extremes:
         if not x.size:
             return extremes(x)
-        keys = loop(x.view(np.uint32), table.shift, table.low, table.high, table.used, table.room)
+        keys = loop(x.view(np.uint32), table.low, table.high, table.used, table.room)
         low, high = struct.unpack("2f", struct.pack("2i", *(key if key >= 0 else key ^ 0x7FFFFFFF for key in keys)))
         return (math.nan, math.nan) if math.isnan(low) or math.isnan(high) else (low, high)
 
@@ -128,7 +126,7 @@ def by_numpy(x: Floats, table: Table) -> Extremes:
     index = np.empty(min(_NUMPY_CHUNK, x.size), np.int64)
     for start in range(0, x.size, _NUMPY_CHUNK):
         chunk = x[start : start + _NUMPY_CHUNK].view(np.uint32)
-        np.right_shift(chunk, table.shift, out=index[: chunk.size])
+        np.right_shift(chunk, SHIFT, out=index[: chunk.size])
         np.add.at(table.high, index[: chunk.size], np.int64(1))
     return extremes(x)
 
@@ -138,46 +136,48 @@ def extremes(x: npt.NDArray[np.floating[Any]]) -> Extremes:
     return float(x.min(initial=np.inf)), float(x.max(initial=-np.inf))
 
 
-def _loop(patterns: Any, shift: Any, low: Any, high: Any, used: Any, room: Any) -> Any:
+def _loop(patterns: Any, low: Any, high: Any, used: Any, room: Any) -> Any:
     """The least and the most pattern, as integers in the order of the floats: NaN lies before -inf or behind inf."""
     least, most, magnitude = np.int32(0x7FFFFFFF), np.int32(-0x80000000), np.uint32(_NO_MAGNITUDE)
     zeros, cells = np.uint32(low.size - _ZEROS), np.empty(_CHUNK, np.uint32)
     for start in range(0, patterns.size, _CHUNK):
         chunk = patterns[start : start + _CHUNK]
-        signed = chunk.view(np.int32)
+        signed, slot = chunk.view(np.int32), np.uint32(0)
         if room[0] < chunk.size:
-            _mark(used, shift, magnitude, np.uint32(max(most, ~least)), least < 0)  # what was added until here
+            _mark(used, magnitude, np.uint32(max(most, ~least)), least < 0)  # what was added until here
             room[0] = _MOST - _spill(low, high, used)
         room[0] -= chunk.size
-        # Integers, and no branches: so it is vectorized.
+        # No branches, so it is vectorized, and every result cut to 32 bits, as numba computes with 64 otherwise.
         for element in range(chunk.size):
-            key = signed[element] ^ ((signed[element] >> 31) & np.int32(0x7FFFFFFF))
+            flipped = np.int32(np.int32(signed[element] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+            key = np.int32(signed[element] ^ flipped)
             least, most = min(least, key), max(most, key)
             # One less, so that zeros come last.
             magnitude = min(magnitude, np.uint32((chunk[element] & np.uint32(0x7FFFFFFF)) - np.uint32(1)))
-            cell = chunk[element] >> shift
-            cells[element] = cell if cell else zeros + (np.uint32(element) & np.uint32(_ZEROS - 1))
+            cell = np.uint32(chunk[element] >> np.uint32(SHIFT))
+            cells[element] = cell if cell else np.uint32(zeros + np.uint32(slot & np.uint32(_ZEROS - 1)))
+            slot = np.uint32(slot + np.uint32(1))
         if start == 0:
-            _fetch(low, shift, np.uint32(max(most, ~least)), least < 0)
+            _fetch(low, np.uint32(max(most, ~least)), least < 0)
         half = chunk.size // _AHEAD * (_AHEAD // 2)
         for first in range(0, half, _AHEAD // 2):
             _prefetch(patterns, start + _CHUNK + 2 * first)  # of the next chunk
-            for element in range(first, first + _AHEAD // 2):
-                low[cells[element]] += np.uint16(1)
-                low[cells[half + element]] += np.uint16(1)
+            for element in range(first, first + _AHEAD // 2):  # an index that may be negative takes four instructions
+                low[cells[np.uintp(element)]] += np.uint16(1)
+                low[cells[np.uintp(half + element)]] += np.uint16(1)
         for element in range(2 * half, chunk.size):
             low[cells[element]] += np.uint16(1)
-    _mark(used, shift, magnitude, np.uint32(max(most, ~least)), least < 0)
+    _mark(used, magnitude, np.uint32(max(most, ~least)), least < 0)
     return least, most
 
 
-def _mark(used: Any, shift: Any, smallest: Any, largest: Any, negative: Any) -> None:
+def _mark(used: Any, smallest: Any, largest: Any, negative: Any) -> None:
     """Notes the pages of zeros, and of all magnitudes between two; the smallest is given less one."""
-    sign = (np.uint32(0x80000000) >> shift) >> _PAGE
+    sign = (0x80000000 >> SHIFT) >> _PAGE
     used[0] = used[-1] = True
     used[sign] |= negative
     if smallest != np.uint32(_NO_MAGNITUDE):
-        for page in range((smallest >> shift) >> _PAGE, ((largest >> shift) >> _PAGE) + 1):
+        for page in range((smallest >> SHIFT) >> _PAGE, ((largest >> SHIFT) >> _PAGE) + 1):
             used[page] = True
             used[sign + page] |= negative
 
@@ -200,11 +200,9 @@ def _spill(low: Any, high: Any, used: Any) -> Any:
     return np.int64(left)
 
 
-def _fetch(low: Any, shift: Any, largest: Any, negative: Any) -> None:
+def _fetch(low: Any, largest: Any, negative: Any) -> None:
     """Asks for the cells that lie below that of the largest magnitude."""
-    cells = _OCTAVES * (np.uint32(1 << 23) >> shift)
-    last = largest >> shift
-    sign = np.uint32(0x80000000) >> shift
+    cells, last, sign = _OCTAVES * ((1 << 23) >> SHIFT), largest >> SHIFT, 0x80000000 >> SHIFT
     for cell in range(last - min(last, cells), last + 1, _LINE // low.itemsize):
         _prefetch(low, cell)
         if negative:

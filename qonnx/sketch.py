@@ -22,16 +22,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from qonnx.counting import Extremes, Table, counting, extremes
+from qonnx.counting import SHIFT, Extremes, Table, counting, extremes
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 # Mantissa bits that name a cell. Entropy calibration wants 2048 bins or more up to the largest magnitude: 2^11.
-MANTISSA_BITS = 11
+MANTISSA_BITS = 23 - SHIFT
 
-_SHIFT = 23 - MANTISSA_BITS
-_SIGN = np.uint32(0x80000000 >> _SHIFT)
-_INFINITE = np.uint32(0x7F800000 >> _SHIFT)
+_SIGN = np.uint32(0x80000000 >> SHIFT)
+_INFINITE = np.uint32(0x7F800000 >> SHIFT)
 
 # Elements that are worth fetching a table into the cache for.
 _HOLD = 1 << 16
@@ -121,7 +120,7 @@ class Sketch:
 
 def _edge(magnitude: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
     """The lower edges of cells of positive values. That above the largest finite cell is 2^128, not infinity."""
-    edge = (magnitude << np.uint32(_SHIFT)).view(np.float32).astype(np.float64)
+    edge = (magnitude << np.uint32(SHIFT)).view(np.float32).astype(np.float64)
     return np.where(magnitude == _INFINITE, 2.0**128, edge)
 
 
@@ -136,7 +135,7 @@ class Counter:
     """
 
     def __init__(self) -> None:
-        self._table = Table(32 - _SHIFT)
+        self._table = Table()
         self._held: list[Floats] = []
         self._lock = threading.Lock()
         self._count = counting()  # here, not in a thread: the first call may compile it

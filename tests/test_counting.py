@@ -4,9 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qonnx.counting import Count, Table, by_numpy, counting
+from qonnx.counting import SHIFT, Count, Table, by_numpy, counting
 
-BITS = 12
+BITS = 32 - SHIFT
 
 
 @pytest.fixture(params=["numpy", "numba"])
@@ -33,7 +33,7 @@ def expected(x: np.ndarray) -> dict[int, int]:
 def test_each_element_adds_one_to_its_cell(count: Count, size: int, writable: bool) -> None:
     patterns = np.random.default_rng(size).integers(0, 2**32, size, np.uint32)
     patterns.flags.writeable = writable
-    table = Table(BITS)
+    table = Table()
     count(patterns.view(np.float32), table)
     assert counted(table) == expected(patterns)
     count(patterns.view(np.float32), table)
@@ -46,7 +46,7 @@ def test_zeros_behind_a_relu_are_counted_as_others(count: Count, size: int, nega
     x = np.maximum(np.random.default_rng(size).standard_normal(size), 0).astype(np.float32)
     x[: len(negative)] = negative
     x[3] = 1e-40
-    table = Table(BITS)
+    table = Table()
     for _ in range(2):
         count(x, table)
     assert counted(table) == expected(np.tile(x, 2))
@@ -56,14 +56,14 @@ def test_zeros_behind_a_relu_are_counted_as_others(count: Count, size: int, nega
 @pytest.mark.parametrize("value", [0.0, 1.5, -0.0, np.nan, -1.5, 1e-45, -1e-39, np.inf, -np.inf])
 @pytest.mark.parametrize("times", [65_535, 65_536, 65_537, 1 << 20])
 def test_counts_do_not_overflow(count: Count, value: float, times: int) -> None:
-    x, table = np.full(times, value, np.float32), Table(BITS)
+    x, table = np.full(times, value, np.float32), Table()
     for _ in range(2):
         count(x, table)
     assert counted(table) == {int(x[:1].view(np.uint32)[0]) >> (32 - BITS): 2 * times}
 
 
 def test_cells_that_are_nearly_full_stay_so(count: Count) -> None:
-    table, total = Table(BITS), np.zeros(0, np.float32)
+    table, total = Table(), np.zeros(0, np.float32)
     for value, times in [(1.5, 32_000), (-1.5, 40_000), (1.5, 32_000), (1.5, 32_000), (-1.5, 40_000), (1.5, 32_000)]:
         x = np.full(times, value, np.float32)
         count(x, table)
@@ -74,7 +74,7 @@ def test_cells_that_are_nearly_full_stay_so(count: Count) -> None:
 @pytest.mark.parametrize("size", [1, 63, 1000, 4096, 5000])
 def test_counts_do_not_overflow_in_small_steps(count: Count, size: int) -> None:
     values = np.array([3, -3, 0, 1e-40, -1e-30, 3e38, 0.25], np.float32)
-    x, table = values[np.random.default_rng(size).choice(7, size, p=[0.7, 0.2, *[0.02] * 5])], Table(BITS)
+    x, table = values[np.random.default_rng(size).choice(7, size, p=[0.7, 0.2, *[0.02] * 5])], Table()
     steps = 200_000 // size
     for _ in range(steps):
         count(x, table)
@@ -95,7 +95,7 @@ def test_counts_do_not_overflow_in_small_steps(count: Count, size: int) -> None:
     ids=["normal", "negative", "positive", "-inf", "inf", "-0", "none"],
 )
 def test_extremes_come_with_the_counts(count: Count, x: np.ndarray) -> None:
-    table = Table(BITS)
+    table = Table()
     assert count(x, table) == (x.min(initial=np.inf), x.max(initial=-np.inf))
     assert counted(table) == expected(x)
 
@@ -103,7 +103,7 @@ def test_extremes_come_with_the_counts(count: Count, x: np.ndarray) -> None:
 @pytest.mark.parametrize("pattern", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], ids=hex)
 def test_nan_shows_in_the_extremes(count: Count, pattern: int) -> None:
     x = np.concatenate([np.ones(40_000, np.float32), np.array([pattern], np.uint32).view(np.float32)])
-    assert np.isnan(count(x, Table(BITS))).all()
+    assert np.isnan(count(x, Table())).all()
 
 
 def test_without_numba_numpy_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_files_that_cannot_be_read_are_done_without(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(numba, "njit", njit)
     counting.cache_clear()
-    table = Table(BITS)
+    table = Table()
     assert counting()(np.ones(5, np.float32), table) == (1, 1)
     assert (kept, sum(counted(table).values())) == ([True, False], 5)
     counting.cache_clear()
