@@ -10,9 +10,10 @@ exactly. With s_q = sum_k d_qk, the offset that leaves the least error is that o
 
     c = sum_q s_q e_q / sum_q s_q^2         per channel
 
-with s and e less their means where biases are corrected later. The other choice is where the grid ends: below 1 its
-steps are finer, and the few probabilities beyond are cut off. Both are chosen together, by the error of the product
-with values rounded too, on samples that the offsets were not fitted on.
+with s and e less their means where biases are corrected later. It stays among the values of its channel: where s hardly
+varies, as over so many keys that all probabilities round to 0, the regression finds nothing but noise. The other choice
+is where the grid ends: below 1 its steps are finer, and the few probabilities beyond are cut off. Both are chosen
+together, by the error of the product with values rounded too, on samples that the offsets were not fitted on.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from qonnx.rebatch import Batch, has_batch_axis, rows, together
 from qonnx.runtime import input_specs, session
 from qonnx.watching import watching
 
-# Where the grid may end.
+# Where the grid may end: parts of 1, or of the largest probability where that is smaller than all of them.
 ENDS = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 # Elements of probabilities that are looked at in all.
@@ -144,7 +145,7 @@ def choose_grids(
         dtype: of the codes of activations, an integer type.
         symmetric: whether 0 is in the middle of the grid.
         biases_corrected: whether a constant error per channel will be corrected.
-        ends: where the grid may end; 1 first.
+        ends: where the grid may end, see `ENDS`; 1 first.
     """
     ranges: dict[str, Range] = {}
     rescalings: dict[str, Rescaling] = {}
@@ -155,7 +156,7 @@ def choose_grids(
     for one in found:
         probe = _Probe(one, seen, unseen, dtype, symmetric, biases_corrected)
         shifted = one.group is not None and one.group.value not in rescalings
-        tried = [entry for end in ends if np.isfinite((entry := probe.tried(end, shifted))[0])]
+        tried = [entry for end in probe.within_reach(ends) if np.isfinite((entry := probe.tried(end, shifted))[0])]
         _, end, offsets = min(tried, key=lambda entry: entry[0], default=(0.0, ends[0], None))
         if end != ends[0]:
             ranges[one.probabilities] = Range(0.0, end, f"softmax up to {end:g}")
@@ -236,6 +237,13 @@ class _Probe:
         self._exact = [p @ v for p, v in self._unseen]
         self._rounded_values = self._rounded([v for _, v in self._unseen])
 
+    def within_reach(self, ends: Sequence[float]) -> tuple[float, ...]:
+        """The ends to try, in parts of the largest probability where all that were seen are small."""
+        reach = max(float(p.max()) for p, _ in self._seen)
+        if len(ends) == 1 or not 0 < reach < min(ends):
+            return tuple(ends)
+        return (ends[0], reach, *(end * reach for end in ends[1:]))
+
     def tried(self, end: float, shifted: bool) -> tuple[float, float, Vector | None]:
         """The error with a grid that ends there, the end, and the offsets of the values where they lower the error."""
         rounded = self._rounded([p for p, _ in self._unseen], end)
@@ -267,7 +275,11 @@ class _Probe:
         above, below = np.zeros(size), np.zeros(size)
         np.add.at(above, index[ours], np.einsum("cn,cn->c", s, e)[ours])
         np.add.at(below, index[ours], np.einsum("cn,cn->c", s, s)[ours])
-        offsets = np.divide(above, below, out=np.zeros(size), where=below > 0)
+        values = np.concatenate([self._by_channel(v) for _, v in self._seen], axis=1)
+        low, high = np.full(size, np.inf), np.full(size, -np.inf)
+        np.minimum.at(low, index[ours], values.min(axis=1)[ours])
+        np.maximum.at(high, index[ours], values.max(axis=1)[ours])
+        offsets = np.clip(np.divide(above, below, out=np.zeros(size), where=below > 0), low, high)
         return np.asarray(np.where(self._one.group.free, offsets, 0.0))
 
     def _error(self, errors: Iterable[npt.NDArray[np.floating[Any]]]) -> float:

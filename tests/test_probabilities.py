@@ -13,7 +13,7 @@ from qonnx.numerics import Dtype
 from qonnx.passes.prepare import prepare
 from qonnx.placement import place
 from qonnx.plan import QuantPlan
-from qonnx.probabilities import Attention, Grids, Looks, attentions, choose_grids
+from qonnx.probabilities import Attention, Grids, Looks, _Probe, attentions, choose_grids
 from qonnx.recipe import Recipe, load_recipe
 from qonnx.resolve import resolve
 from qonnx.runtime import session, with_outputs
@@ -59,7 +59,7 @@ def found(made: ir.Model) -> list[Attention]:
     return list(attentions(made, placement, find_groups(made)))
 
 
-def chosen(made: ir.Model, corrected: bool = False, ends: tuple[float, ...] = (1.0, 0.85, 0.7)) -> Grids:
+def chosen(made: ir.Model, corrected: bool = False, ends: tuple[float, ...] = (1.0, 0.85, 0.7, 0.6)) -> Grids:
     return choose_grids(
         made, found(made), data(2), data(1, seed=1), Dtype.INT8, symmetric=True, biases_corrected=corrected, ends=ends
     )
@@ -124,7 +124,7 @@ def test_the_grid_ends_where_the_product_has_the_least_error() -> None:
     grids = chosen(made)
     (rescaling,) = grids.rescalings
     errors = {}
-    for end in (1.0, 0.85, 0.7):
+    for end in (1.0, 0.85, 0.7, 0.6):
         (offsets,) = (one.offset for one in chosen(made, ends=(end,)).rescalings)
         ((p, v),) = operands(made, data(1, seed=1))
         moved = v - offsets.reshape(1, 2, 1, 16)
@@ -180,3 +180,33 @@ def test_the_plan_has_the_grid_and_the_outputs_gain(tmp_path: Path) -> None:
 def test_a_calibrator_of_extremes_cuts_nothing_off() -> None:
     recipe = resolve(load_recipe("int8-minmax", ["equalize.kind=none"]), TARGET)
     assert not smoothed(model(), recipe, TARGET, data(4), data(2, seed=1)).probabilities
+
+
+def flat(made: ir.Model) -> ir.Model:
+    """With scores so close to each other that every key gets nearly the same probability."""
+    root = made.graph.initializers["root"]
+    root.const_value = ir.tensor(np.array(0.002, np.float32), name="root")
+    return made
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_small_probabilities_get_a_grid_of_their_size(corrected: bool) -> None:
+    """Over 300 keys, a step of 1/127 rounds all of them to 0."""
+    made = flat(model())
+    batches = data(2, length=300)
+    grids = choose_grids(
+        made, found(made), batches, batches[1:], Dtype.INT8, symmetric=True, biases_corrected=corrected
+    )
+    largest = max(p.max() for p, _ in operands(made, batches))
+    assert 1 / 300 < grids.ranges["p"].high <= largest < 0.01
+
+
+def test_offsets_stay_among_the_values() -> None:
+    """Where all probabilities round to 0, the sum of their errors is the same for all queries."""
+    made = flat(model())
+    batches = data(2, length=300)
+    one = found(made)[0]
+    looks = Looks(made, [one], batches[0])
+    results = looks.at(batches)
+    offsets = _Probe(one, results, results, Dtype.INT8, True, True)._offsets(1.0)
+    assert np.abs(offsets).max() <= max(np.abs(result["v"]).max() for result in results)
