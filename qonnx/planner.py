@@ -26,6 +26,10 @@ from qonnx.weight_scales import weight_scales
 # Scales per token are found for whole rows, however long these are when the model runs.
 _WHOLE_AXIS = 2**31 - 1
 
+# Probabilities get a grid of their own size where it is so much shorter than 1. It leaves room for what was not seen.
+_SMALL = 1 / 8
+_UNSEEN = 2
+
 
 def make_plan(
     model: ir.Model,
@@ -40,13 +44,14 @@ def make_plan(
     Args:
         model: the prepared float model.
         statistics: of the values that `qonnx.placement.candidates` names.
-        ranges: what the calibrator makes of them; outputs of a Softmax that have none reach from 0 to 1.
+        ranges: what the calibrator makes of them; outputs of a Softmax that have none reach from 0 to 1, or
+            to twice the largest that was seen where that is much less.
         recipe: resolved for the target.
         target: the consumer of the quantized graph.
         leave: node names of layers to leave in float, each with the reason.
     """
     draft = place(model, recipe, target, leave)
-    known = {**{value: Range(0.0, 1.0, "softmax") for value in draft.probabilities}, **ranges}
+    known = {**{value: _probabilities(statistics.tensors.get(value)) for value in draft.probabilities}, **ranges}
     if recipe.format.calibrated:
         unfit = _unfit(draft, statistics, known, recipe, _grids(model.graph, draft, recipe, target))
         placement = place(model, recipe, target, {**unfit, **(leave or {})})
@@ -144,6 +149,13 @@ def _unfit(
                     reasons[layer.node] = reason
                     break
     return reasons
+
+
+def _probabilities(observed: TensorStatistics | None) -> Range:
+    """The range of what a Softmax makes, over so many keys maybe that steps of 1/127 would round all of it to 0."""
+    if observed is None or not observed.count or not 0 < _UNSEEN * observed.maximum < _SMALL:
+        return Range(0.0, 1.0, "softmax")
+    return Range(0.0, _UNSEEN * observed.maximum, f"softmax, {_UNSEEN} times the largest")
 
 
 def _unfit_activation(

@@ -201,6 +201,17 @@ def test_small_probabilities_get_a_grid_of_their_size(corrected: bool) -> None:
     assert 1 / 300 < grids.ranges["p"].high <= largest < 0.01
 
 
+@pytest.mark.parametrize("calibrator", ["auto", "minmax"])
+def test_attention_over_many_keys_is_quantized(calibrator: str, tmp_path: Path) -> None:
+    """With values that hardly count in the output, nothing is chosen for them; still none of them round to 0."""
+    settings = [f"activations.calibrator.kind={calibrator}", "smooth.kind=none", "equalize.kind=none"]
+    result = qonnx.quantize(flat(model()), data(6, length=300), tmp_path / "q.onnx", settings=settings)
+    assert not result.plan.float_layers
+    (grid,) = (one for one in result.plan.activations if one.value == "p")
+    assert 1 / 300 < 127 * float(grid.scale[0]) < 0.02
+    assert result.comparison.outputs[0].sqnr_db > 30
+
+
 def test_offsets_stay_among_the_values() -> None:
     """Where all probabilities round to 0, the sum of their errors is the same for all queries."""
     made = flat(model())
