@@ -185,11 +185,13 @@ LEFT_IN_FLOAT = {
     ),
     "vector": ("g (float[8,32] x, float[32] w) => (float[8] y) { y = MatMul(x, w) }", "is a vector"),
     "computed weight": (
-        "g (float[4,128] x, float[128,128] w) => (float[4,128] y) { s = Sigmoid(w) y = MatMul(x, s) }",
+        "g (float[4,512] x, float[1,512] w) => (float[4,512] y) "
+        "{ n = Constant <value = int64[2] {512, 512}> () s = Expand(w, n) y = MatMul(x, s) }",
         "computed in the graph",
     ),
     "computed kernel": (
-        "g (float[1,128,8,8] x, float[128,128,1,1] w) => (float[1,128,8,8] y) { s = Tanh(w) y = Conv(x, s) }",
+        "g (float[1,512,8,8] x, float[1,512,1,1] w) => (float[1,512,8,8] y) "
+        "{ n = Constant <value = int64[4] {512, 512, 1, 1}> () s = Expand(w, n) y = Conv(x, s) }",
         "computed in the graph",
     ),
     "no channels": (
