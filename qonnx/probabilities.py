@@ -280,7 +280,8 @@ class _Probe:
         np.minimum.at(low, index[ours], values.min(axis=1)[ours])
         np.maximum.at(high, index[ours], values.max(axis=1)[ours])
         offsets = np.clip(np.divide(above, below, out=np.zeros(size), where=below > 0), low, high)
-        return np.asarray(np.where(self._one.group.free, offsets, 0.0))
+        seen = low <= high  # the others are channels of the group that another product reads
+        return np.asarray(np.where(self._one.group.free & seen, offsets, 0.0))
 
     def _error(self, errors: Iterable[npt.NDArray[np.floating[Any]]]) -> float:
         e = self._varying(np.concatenate([self._by_channel(error) for error in errors], axis=1))

@@ -221,3 +221,19 @@ def test_offsets_stay_among_the_values() -> None:
     results = looks.at(batches)
     offsets = _Probe(one, results, results, Dtype.INT8, True, True)._offsets(1.0)
     assert np.abs(offsets).max() <= max(np.abs(result["v"]).max() for result in results)
+
+
+def test_values_that_two_products_share_are_centred_by_the_one_that_reads_them(tmp_path: Path) -> None:
+    text = (
+        "g (float[1,256,32] x, float[32,32] wq, float[32,32] wk, float[32,32] wv, float[32] bv, float[32,32] wo) "
+        "=> (float[1,256,32] y) { q = MatMul(x, wq) k = MatMul(x, wk) v0 = MatMul(x, wv) v = Add(v0, bv) "
+        "q1, q2 = Split <axis = -1, num_outputs = 2> (q) k1, k2 = Split <axis = -1, num_outputs = 2> (k) "
+        "v1, v2 = Split <axis = -1, num_outputs = 2> (v) k1t = Transpose <perm = [0,2,1]> (k1) "
+        "k2t = Transpose <perm = [0,2,1]> (k2) s1 = MatMul(q1, k1t) p1 = Softmax(s1) c1 = MatMul(p1, v1) "
+        "s2 = MatMul(q2, k2t) p2 = Softmax(s2) c2 = MatMul(p2, v2) c = Concat <axis = -1> (c1, c2) y = MatMul(c, wo) }"
+    )
+    model = model_of(text, weights="wq wk wv bv wo", scale=0.1)
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.standard_normal((1, 256, 32)).astype(np.float32)} for _ in range(8)]
+    result = qonnx.quantize(model, batches, tmp_path / "quantized.onnx")
+    assert result.comparison.outputs[0].sqnr_db > 20
