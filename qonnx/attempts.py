@@ -23,7 +23,7 @@ from qonnx.errors import ModelError
 from qonnx.few_samples import few_samples
 from qonnx.formats import insert
 from qonnx.graph import FLOAT_REASON, first_line, load, parameters, save
-from qonnx.judged import judged_model, picked_outputs, returning
+from qonnx.judged import judged_model
 from qonnx.numerics import Dtype
 from qonnx.passes.drop_bounds import DropBounds
 from qonnx.passes.insert_qdq import InsertQDQ, check_tensor
@@ -33,6 +33,7 @@ from qonnx.planner import make_plan
 from qonnx.ranges import Range, calibrated
 from qonnx.rebatch import Batch, rows
 from qonnx.recipe import Format, Recipe
+from qonnx.runtime import with_outputs
 from qonnx.sensitivity import LayerCost, layer_costs, most_costly
 from qonnx.statistics import Statistics
 from qonnx.stored_weights import with_stored_weights
@@ -228,40 +229,19 @@ def write(job: Job, plan: QuantPlan, rounded: Rounded | None = None) -> Attempt:
     _stamp(quantized, rounded.plan, job)
     save(quantized, job.file)
     _check_valid(quantized, job.file)
-    return Attempt(rounded.plan, compared(job, job.choose), parameters(quantized)[1], notes=rounded.notes)
+    return Attempt(rounded.plan, _compared(job), parameters(quantized)[1], notes=rounded.notes)
 
 
-def compared(job: Job, batches: Sequence[Batch]) -> Comparison:
-    """How far the file is from the float model, in what it is judged by; empty without batches.
-
-    What the format has no float value for is left out; an output that nothing would speak for then is not.
-    """
-    if not batches:
+def _compared(job: Job) -> Comparison:
+    if not job.choose:
         return NOTHING_COMPARED
     judged, written = judged_model(job.prepared), load(job.file)
-    if judged is job.prepared:
-        return compare(job.model, job.file, list(batches))
-    known = {value.name for value in written.graph.outputs}
-    known |= {value.name for node in written.graph for value in node.outputs}
-    names = dict.fromkeys(value.name or "" for value in judged.graph.outputs if value.name in known)
-    picked = picked_outputs(job.prepared)
-    names |= dict.fromkeys(name for name, sources in picked.items() if not known.issuperset(sources))
-    reference, candidate = (returning(model, list(names)) for model in (job.prepared, written))
-    return compare(reference, candidate, list(batches))
-
-
-def picked_from(job: Job, batches: Sequence[Batch]) -> dict[str, float]:
-    """Float outputs whose elements are picked by comparing floats, each with the least SQNR of what is judged instead.
-
-    In dB. Outputs that something is missing for in the file are left out.
-    """
-    picked = picked_outputs(job.prepared) if batches else {}
-    found = {entry.name: entry.sqnr_db for entry in compared(job, batches).outputs} if picked else {}
-    return {
-        name: min((found[source] for source in sources if not math.isnan(found[source])), default=math.inf)
-        for name, sources in picked.items()
-        if found.keys() >= set(sources)
-    }
+    made = {value.name for node in written.graph for value in node.outputs}
+    names = [value.name for value in judged.graph.outputs[len(job.prepared.graph.outputs) :] if value.name in made]
+    if not names:
+        return compare(job.model, job.file, list(job.choose))
+    reference, candidate = (with_outputs(model, filter(None, names)) for model in (job.prepared, written))
+    return compare(reference, candidate, list(job.choose))
 
 
 def _ranges(job: Job, statistics: Statistics) -> dict[str, Range]:

@@ -21,7 +21,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qonnx.activation_scales import channel_axes
-from qonnx.attempts import Job, best_attempt, corrects_stored_weights, given_attempt, only_attempt, picked_from
+from qonnx.attempts import Job, best_attempt, corrects_stored_weights, given_attempt, only_attempt
 from qonnx.calibrators import EXTREMES
 from qonnx.comparison import NOTHING_COMPARED, compare
 from qonnx.data import HoldOut, batches, expected_rows
@@ -260,7 +260,6 @@ def quantize(
         else:
             attempt = best_attempt(job, measured) if calibrated else only_attempt(job)
         comparison = compare(model, file, judged) if judged else NOTHING_COMPARED
-        picked = picked_from(job, judged)
         diagnostics = Diagnostics()
         if given is None and calibrated:
             calibrator, symmetric = chosen.activations.calibrator, consumer.symmetric
@@ -277,11 +276,10 @@ def quantize(
         lookup_bytes=lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
         notes=(*notes, *smooth.notes, *attempt.notes),
-        warnings=(*lost, *warnings_of(attempt, comparison, picked, held, chosen, calibrated, (smooth.warning, seen))),
+        warnings=(*lost, *warnings_of(attempt, comparison, held, chosen, calibrated, (smooth.warning, seen))),
         costs=attempt.costs,
         diagnostics=diagnostics,
         smoothing=smooth.reports,
-        picked=picked,
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 import onnx_ir as ir
@@ -41,8 +40,6 @@ class Result(msgspec.Struct, frozen=True):
             the worst first.
         diagnostics: what is to be said about calibration; empty where there was none, or a plan was given.
         smoothing: every group of channels that smoothing looked at: what was done, or why nothing was.
-        picked: float outputs whose elements are picked by comparing floats (TopK, NonMaxSuppression), such as the boxes
-            of the best scores, each with the SQNR in dB of what they are picked from, which they were judged by.
     """
 
     output: str
@@ -58,13 +55,11 @@ class Result(msgspec.Struct, frozen=True):
     costs: tuple[LayerCost, ...] = ()
     diagnostics: Diagnostics = Diagnostics()
     smoothing: tuple[GroupReport, ...] = ()
-    picked: dict[str, float] = {}
 
 
 def warnings_of(
     attempt: Attempt,
     comparison: Comparison,
-    picked: Mapping[str, float],
     held: HoldOut,
     recipe: Recipe,
     calibrated: bool,
@@ -88,7 +83,7 @@ def warnings_of(
     for output in comparison.outputs:
         if output.nonfinite > output.nonfinite_reference:
             warnings.append(f"output {output.name}: {output.nonfinite} values are not finite")
-        elif max(output.sqnr_db, picked.get(output.name, -math.inf)) < recipe.goal_sqnr_db:
+        elif output.sqnr_db < recipe.goal_sqnr_db:
             warnings.append(
                 f"output {output.name} keeps only {output.sqnr_db:.1f} dB (the goal is {recipe.goal_sqnr_db:g} dB): "
                 "measure the task before you use this file" + listed

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import msgspec
 from rich.text import Text
 
 from qonnx.plan import LayerPlan
@@ -49,9 +48,7 @@ _OUTLIERS = 0.5
 def result_tables(result: Result) -> list[Text]:
     """Whether the file can be used, what it is, what was left in float and why, and what to look out for."""
     plan = result.plan
-    outputs = result.comparison.outputs
-    judged = [msgspec.structs.replace(o, sqnr_db=max(o.sqnr_db, result.picked.get(o.name, -math.inf))) for o in outputs]
-    verdict = _verdict(judged)
+    verdict = _verdict(result.comparison.outputs)
     if result.comparison.batches:
         unseen = "held-back batch" if plan.format.calibrated else "batch"
         verdict += f", judged on {count(result.held_out, unseen) if result.held_out else 'what calibration saw'}"
@@ -72,14 +69,9 @@ def result_tables(result: Result) -> list[Text]:
     lines += [Text(), *columns([fact for fact in facts if fact[1]], right=0)]
     if result.comparison.outputs:
         lines += [Text(), *differences(result.comparison.outputs)]
-        lines += [line(_picked(name, ratio)) for name, ratio in result.picked.items()]
     if result.costs and result.warnings:
         lines += [Text(), *_costs(result.costs)]
     return lines + _smoothing(result.smoothing) + _calibration(result.diagnostics) + _left_in_float(plan)
-
-
-def _picked(name: str, ratio: float) -> str:
-    return f"{name}: other elements picked, or in another order, count as errors; their origin keeps {ratio:.1f} dB"
 
 
 def _smoothing(groups: Sequence[GroupReport]) -> list[Text]:

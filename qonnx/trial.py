@@ -13,7 +13,6 @@ from qonnx.bias_correction import correct_biases
 from qonnx.calibrators import Average
 from qonnx.comparison import difference
 from qonnx.formats import insert
-from qonnx.judged import judged_model
 from qonnx.numerics import Dtype, PerTensor
 from qonnx.observation import observe
 from qonnx.placement import candidates, place
@@ -71,14 +70,13 @@ def _few(sample: Sequence[Batch]) -> Sequence[Batch]:
 
 
 def outputs_keep(model: ir.Model, plan: QuantPlan, choose: Sequence[Batch]) -> float:
-    """The signal-to-noise ratio in dB of the worst value that a model is judged by, once quantized, on the worst batch.
+    """The signal-to-noise ratio in dB of the worst output once quantized, on the worst batch.
 
     Args:
         model: prepared.
         plan: of this model.
         choose: held-back batches.
     """
-    model = judged_model(model)
     quantized = model.clone()
     insert(quantized, msgspec.structs.replace(plan, format=Format.QDQ))
     reference, candidate, worst = session(model), session(quantized), math.inf

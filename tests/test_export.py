@@ -291,12 +291,6 @@ FAILURES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any] | 
         None,
         "aten.scaled_dot_product_attention.default: only 4D query, key, and value are supported; ",
     ),
-    "what is picked comes in another order": (
-        lambda linear, x, y: x.gather(2, (linear(x) + torch.rand(4)).topk(2).indices),
-        (X,),
-        None,
-        r"differs from torch by .* on x \[4, 6, 4\]; its elements are picked by comparing values",
-    ),
     "random numbers": (
         lambda linear, x, y: linear(x) + torch.rand(4),
         (X,),

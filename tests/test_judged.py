@@ -6,8 +6,7 @@ import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
 import qonnx
-from qonnx.judged import judged_model, picked_outputs
-from qonnx.tables import result_tables
+from qonnx.judged import judged_model
 from tests.graphs import model_of
 from tests.test_pipeline import data, spoiled_model
 
@@ -34,75 +33,6 @@ def test_what_integers_are_made_from(nodes: str, outputs: str, expected: list[st
     judged = judged_model(model)
     assert [value.name for value in judged.graph.outputs][known:] == expected
     assert ir.to_onnx_text(model) == before
-
-
-_BEST = "s = Sigmoid(x) b = Relu(x) two = Constant<value = int64[1] {2}>() t, i = TopK(s, two) "
-_KEPT = "s = Sigmoid(x) b = Relu(x) z = Constant<value = float {0.5}>() "
-
-
-@pytest.mark.parametrize(
-    ("nodes", "outputs", "expected"),
-    [
-        (_BEST + "y = GatherElements<axis=1>(b, i)", "float[n,2] y", ["b", "s"]),
-        (_BEST + "y = GatherElements<axis=1>(b, i)", "float[n,2] y, float[n,2] t", ["t", "b", "s"]),
-        (_BEST + "y = GatherElements<axis=1>(b, i)", "float[n,2] y, float[n,8] b", ["b", "s"]),
-        (_BEST + "g = GatherElements<axis=1>(b, i) y = Concat<axis=1>(g, t)", "float[n,4] y", ["t", "b", "s"]),
-        (_BEST + "c = Cast<to=1>(i) g = Mul(c, two_f) y = Exp(g)", "float[n,2] y", ["s"]),
-        (_KEPT + "m = Greater(s, two_f) i = NonZero(m) j = Transpose(i) y = GatherND(b, j)", "float[k] y", ["b", "s"]),
-        # Picked twice: judged by what is in front of the first time.
-        (
-            _BEST + "g = GatherElements<axis=1>(b, i) v, j = TopK(g, two) y = GatherElements<axis=1>(g, j)",
-            "float[n,2] y",
-            ["b", "s"],
-        ),
-    ],
-)
-def test_what_is_picked_is_judged_by_what_it_is_picked_from(nodes: str, outputs: str, expected: list[str]) -> None:
-    model = model_of(f"g (float[n,8] x, float[1] two_f) => ({outputs}) {{ {nodes} }}", weights="two_f")
-    ShapeInferencePass()(model)
-    before = ir.to_onnx_text(model)
-    assert [value.name for value in judged_model(model).graph.outputs] == expected
-    assert ir.to_onnx_text(model) == before
-    assert list(picked_outputs(model)) == ["y"]
-
-
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        _BEST + "y = Identity(t)",  # in order of size: as continuous as what was sorted
-        "two = Constant<value = int64[1] {2}>() y = Gather<axis=1>(x, two)",
-        "a = Relu(x) s = Shape(a) one = Constant<value = int64 {1}>() n = Gather(s, one) y = Cast<to=1>(n)",
-        "i = ArgMax<axis=0, keepdims=0>(x) a = Relu(x) y = Gather(a, i)",  # what was fed does not change
-        _BEST + "g = GatherElements<axis=1>(b, i) w = Transpose(g) y = MatMul(g, w)",  # what layers make of it counts
-        _KEPT + "m = Greater(x, z) y = Where(m, b, s)",  # may well be continuous
-    ],
-)
-def test_leaves_alone_what_is_not_picked_by_results(nodes: str) -> None:
-    model = model_of(f"g (float[n,8] x) => (float[k,m] y) {{ {nodes} }}")
-    ShapeInferencePass()(model)
-    assert picked_outputs(model) == {}
-    assert judged_model(model) is model
-
-
-def test_the_order_of_picked_boxes_leaves_no_layer_in_float(tmp_path: Path) -> None:
-    """Scores that hardly differ, as those of background do: whatever is rounded, TopK picks in another order."""
-    text = """
-    g (float[n,64] x, float[64,64] w, float[64,32] wb, float[64,32] ws) => (float[n,8,1] boxes, float[n,8] scores) {
-        k = Constant<value = int64[1] {8}>() s = Constant<value = int64[3] {0, -1, 1}>()
-        h = MatMul(x, w) r = Relu(h) b = MatMul(r, wb) b3 = Reshape(b, s)
-        low = Constant<value = float {0.01}>() l = MatMul(r, ws) q = Mul(l, low) p = Sigmoid(q)
-        scores, i = TopK(p, k) i3 = Reshape(i, s) boxes = GatherElements<axis=1>(b3, i3)
-    }"""
-    model = model_of(text, weights="w wb ws", scale=0.1)
-    batches = [{"x": np.random.default_rng(k).standard_normal((16, 64)).astype(np.float32)} for k in range(6)]
-    result = qonnx.quantize(model, batches, tmp_path / "q.onnx")
-    boxes, scores = result.comparison.outputs
-    assert boxes.sqnr_db < 16 < min(scores.sqnr_db, result.picked["boxes"])
-    assert (result.warnings, result.plan.float_layers) == ((), ())
-    report = "\n".join(line.plain for line in result_tables(result))
-    assert "q.onnx: ready" in report
-    assert "boxes: other elements picked" in report
-    assert [value.name for value in ir.load(tmp_path / "q.onnx").graph.outputs] == ["boxes", "scores"]
 
 
 def classes(model: ir.Model) -> ir.Model:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ import onnx_ir as ir
 from qonnx.errors import ExportError, ModelError
 from qonnx.exporter.inputs import ExampleInputs, element_types, run_module, to_numpy
 from qonnx.graph import first_line
-from qonnx.judged import picked_outputs
 from qonnx.runtime import session
 
 if TYPE_CHECKING:
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
 
 EXAMPLE_REMEDY = "forward may draw random numbers or keep a state; verify=False exports it anyway"
 OTHER_SIZES_REMEDY = "forward may branch on the shape: rewrite it, or leave the dimension out of dynamic_shapes"
-PICKED_REMEDY = (
-    "its elements are picked by comparing values, and where these are almost equal others may be: give an example for "
-    "which they are not, or verify=False exports it anyway"
-)
 
 Array = npt.NDArray[Any]
 
@@ -64,12 +59,11 @@ def compare_with_torch(path: Path, module: torch.nn.Module, inputs: ExampleInput
     types = element_types(module, inputs)
     tolerance = 1e-1 if ir.DataType.BFLOAT16 in types else 2e-2 if ir.DataType.FLOAT16 in types else 1e-3
     run = _open(path, reference=ir.DataType.BFLOAT16 in types)
-    model = ir.load(path)
-    names = [str(value.name) for value in model.graph.inputs], [str(value.name) for value in model.graph.outputs]
-    picked = picked_outputs(model)
-    _compare(run, names, picked, inputs, _expected(module, inputs, computed), tolerance, EXAMPLE_REMEDY)
+    graph = ir.load(path).graph
+    names = [str(value.name) for value in graph.inputs], [str(value.name) for value in graph.outputs]
+    _compare(run, names, inputs, _expected(module, inputs, computed), tolerance, EXAMPLE_REMEDY)
     if other := _in_other_sizes(module, inputs):
-        _compare(run, names, picked, other, _expected(module, other, computed), tolerance, OTHER_SIZES_REMEDY)
+        _compare(run, names, other, _expected(module, other, computed), tolerance, OTHER_SIZES_REMEDY)
 
 
 def _expected(module: torch.nn.Module, inputs: ExampleInputs, computed: Sequence[bool]) -> list[Array]:
@@ -121,7 +115,6 @@ def _in_other_sizes(module: torch.nn.Module, inputs: ExampleInputs) -> ExampleIn
 def _compare(
     run: Runner,
     names: tuple[list[str], list[str]],
-    picked: Container[str],
     case: ExampleInputs,
     expected: list[Array],
     tolerance: float,
@@ -135,8 +128,7 @@ def _compare(
         raise ExportError(f"the exported graph does not run on {shapes}: {first_line(error)}; {remedy}") from error
     for name, reference, result in zip(names[1], expected, results, strict=True):
         if problem := disagreement(reference, np.asarray(result), tolerance):
-            other = PICKED_REMEDY if name in picked else remedy
-            raise ExportError(f"output {name!r} of the exported graph {problem}, on {shapes}; {other}")
+            raise ExportError(f"output {name!r} of the exported graph {problem}, on {shapes}; {remedy}")
 
 
 def disagreement(expected: Array, result: Array, tolerance: float) -> str | None:
