@@ -11,16 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
+from qonnx.errors import QonnxError
 from qonnx.graph import Names, is_float, is_initializer, subgraphs
 from qonnx.linear import WEIGHT_PATH_OPS
 from qonnx.passes.initializers import store
+from qonnx.runtime import session
 
 # Their result is not the same twice, was made to be small in the file, or is quantized already.
 _KEPT = frozenset(
     {
-        *("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"),
+        *("Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform"),
+        "RandomUniformLike",
         *("ConstantOfShape", "Expand", "EyeLike", "Range", "Tile"),
         *("DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"),
     }
@@ -34,8 +38,9 @@ class FoldWeights(ir.passes.InPlacePass):
     A Transpose, Cast or Identity behind them stays: who asks for a weight looks through these. A stored value is
     computed whenever it is asked for, from weights that stay where they are.
 
-    Left alone: results that are larger than what they are made of; outputs of the graph; bodies of If, Loop and Scan;
-    operators whose result is random, that repeat, that quantize, or that onnx's reference does not compute.
+    Left alone: results that take more bytes than what they are made of, or are not finite where that is; outputs of
+    the graph; bodies of If, Loop and Scan; operators whose result is random, that repeat or quantize, or that ONNX
+    Runtime does not compute.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -43,7 +48,7 @@ class FoldWeights(ir.passes.InPlacePass):
         names, constants = Names(model), _constants(model.graph)
         modified = False
         for value in _wanted(constants):
-            formula = _Formula(value, model.opset_imports)
+            formula = _Formula(model.graph, value, model.opset_imports)
             tensor = formula.tensor()
             if tensor is not None:
                 stored = store(model.graph, names.fresh(f"{next(iter(formula.sources))}_folded"), tensor)
@@ -74,12 +79,13 @@ def _wanted(constants: dict[ir.Value, None]) -> list[ir.Value]:
     return [
         value
         for value in constants
-        if value in read and is_float(value) and not value.is_graph_output() and not _is_path(value.producer())
+        if value in read and is_float(value) and not value.is_graph_output() and not _on_path(value)
     ]
 
 
-def _is_path(node: ir.Node | None) -> bool:
-    return node is None or node.op_type in WEIGHT_PATH_OPS
+def _on_path(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type in WEIGHT_PATH_OPS
 
 
 class _Formula:
@@ -89,12 +95,9 @@ class _Formula:
         sources: the initializers that it is made of, the largest first.
     """
 
-    def __init__(self, value: ir.Value, versions: Mapping[str, int]) -> None:
-        node = value.producer()
-        assert node is not None
-        assert isinstance(node.graph, ir.Graph)
-        part = ir.convenience.extract(node.graph, [], [value])
-        stored = sorted(part.initializers.values(), key=_elements, reverse=True)
+    def __init__(self, graph: ir.Graph, value: ir.Value, versions: Mapping[str, int]) -> None:
+        part = ir.convenience.extract(graph, [], [value])
+        stored = sorted(part.initializers.values(), key=lambda each: (-_bytes(each), each.name or ""))
         self.sources = {each.name or "": each.const_value for each in stored if each.const_value is not None}
         part.initializers.clear()
         part.opset_imports.update(versions)
@@ -102,26 +105,30 @@ class _Formula:
         for each in stored:
             each.const_value = None
         self._dtype = value.dtype
-        self._proto = ir.to_proto(ir.Model(part, ir_version=10))
+        self._model = ir.Model(part, ir_version=10)
 
     def tensor(self) -> ir.LazyTensor | None:
-        """Computed whenever it is asked for; None where that fails, or gives more than all that it is made of."""
+        """Computed whenever it is asked for; None where that fails, or gives what is not to be stored."""
         try:
             result = self._compute()
-        except Exception:  # whatever the reference implementation of an operator raises
+        except (QonnxError, TypeError):  # ONNX Runtime lacks an operator, or NumPy a type
             return None
-        if result.dtype != self._dtype or result.size > sum(tensor.size for tensor in self.sources.values()):
+        sources = self.sources.values()
+        if result.dtype != self._dtype or result.nbytes > sum(tensor.nbytes for tensor in sources):
+            return None
+        if not np.isfinite(result.numpy()).all() and all(_is_finite(tensor.numpy()) for tensor in sources):
             return None
         return ir.LazyTensor(self._compute, dtype=result.dtype, shape=result.shape)
 
     def _compute(self) -> ir.Tensor[Any]:
-        from onnx.reference import ReferenceEvaluator
-
         feeds: dict[str, Any] = {name: tensor.numpy() for name, tensor in self.sources.items()}
-        with np.errstate(all="ignore"):
-            (result,) = ReferenceEvaluator(self._proto).run(None, feeds)
+        (result,) = session(self._model).run(feeds).values()
         return ir.Tensor(np.asarray(result))
 
 
-def _elements(value: ir.Value) -> int:
-    return 0 if value.const_value is None else value.const_value.size
+def _bytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _is_finite(array: npt.NDArray[Any]) -> bool:
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())

@@ -2,7 +2,7 @@
 
 Every quantized edge gets a switch, so that one session serves all measurements:
 
-    Where(switch[layer], DequantizeLinear(QuantizeLinear(x)), x)
+    Where(switch, DequantizeLinear(QuantizeLinear(x)), x)
 
 With n quantized layers that costs n + 1 passes over one batch, and no graph is built or loaded twice.
 """

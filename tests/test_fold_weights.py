@@ -9,6 +9,7 @@ import pytest
 import qonnx
 from qonnx.linear import linear_of
 from qonnx.passes.fold_weights import FoldWeights
+from qonnx.passes.infer_shapes import InferShapes
 from qonnx.passes.prepare import prepare
 from tests.graphs import model_of
 from tests.helpers import assert_same_function
@@ -89,9 +90,12 @@ def test_quantized_files_hold_the_result(tmp_path: Path) -> None:
         "s = Relu(w) y = Identity(s)",  # maybe asked for under that name
         "r = RandomNormalLike(w) y = MatMul(x, r)",
         "c = Shape(w) r = ConstantOfShape(c) y = MatMul(x, r)",
-        "c = Concat <axis = 0> (k, k) r = Expand(v, c) y = MatMul(x, r)",
+        "c = Shape(w) r = Expand(v, c) y = MatMul(x, r)",
+        "r, mask = Dropout(w, half, yes) y = MatMul(x, r)",
         "r = MatMul(v, u) y = MatMul(x, r)",  # 64 elements of 16: a matrix of low rank
-        "q = Cast <to = 3> (w) p = Transpose (q) i = CastLike(p, x) y = MatMul(x, i)",
+        "r = DequantizeLinear(b, step) y = MatMul(x, r)",
+        "c = Cast <to = 1> (b) r = Mul(c, v) y = MatMul(x, r)",  # four times the bytes
+        "r = Sqrt(w) y = MatMul(x, r)",  # not a number
         "t = Transpose(w) y = MatMul(x, t)",
         "r = com.example.Odd(w) y = MatMul(x, r)",
         "r = Mul(w, d) y = MatMul(x, r)",  # d may be fed
@@ -99,11 +103,54 @@ def test_quantized_files_hold_the_result(tmp_path: Path) -> None:
     ],
 )
 def test_leaves_alone(nodes: str) -> None:
-    inputs = "float[n,8] x, float[8,8] w, float[8,1] v, float[1,8] u, int64[1] k, float[8] d"
-    model = model_of(f"g ({inputs}) => (float[m,8] y) {{ {nodes} }}", weights="w v u k")
-    default = next(value for value in model.graph.inputs if value.name == "d")
-    default.const_value = ir.tensor(np.ones(8, np.float32), name="d")
-    model.graph.register_initializer(default)
+    model = simple(nodes)
     before = ir.to_onnx_text(model)
     assert not FoldWeights()(model).modified
     assert ir.to_onnx_text(model) == before
+
+
+def simple(nodes: str) -> ir.Model:
+    """A model whose input d has a default, and of which all types are known."""
+    inputs = "float[n,8] x, float[8,8] w, float[8,1] v, float[1,8] u, float half, bool yes, int8[8,8] b, float step"
+    text = f"g ({inputs}, float[8] d) => (float[m,8] y) {{ {nodes} }}"
+    model = model_of(text, weights="w v u half yes b step")
+    default = next(value for value in model.graph.inputs if value.name == "d")
+    default.const_value = ir.tensor(np.ones(8, np.float32), name="d")
+    model.graph.register_initializer(default)
+    InferShapes()(model)
+    return model
+
+
+@pytest.mark.parametrize("nodes", ["r = Relu(w) y = MatMul(x, r)", "r = Mul(w, v) t = Transpose(r) y = MatMul(x, t)"])
+def test_folds_what_differs_little_from_what_it_leaves_alone(nodes: str) -> None:
+    model = simple(nodes)
+    before = model.clone()
+    assert FoldWeights()(model).modified
+    assert_same_function(before, model)
+
+
+def test_sums_in_half_precision_are_those_of_the_runtime() -> None:
+    """Added up in 16 bits, a column of 4096 loses half of its digits; squares of 300 are infinite."""
+    text = """g (float16[n,4096] x, float16[4096,2] v) => (float16[n,2] y) {
+        axes = Constant <value = int64[1] {0}> () norm = ReduceL2 <keepdims = 1> (v, axes) w = Div(v, norm)
+        y = MatMul(x, w) }"""
+    model = model_of(text, weights="v", scale=30)
+    stored = model.graph.initializers["v"].const_value
+    assert stored is not None
+    v = stored.numpy().astype(np.float64)
+    prepare(model)
+    (folded,) = (value.const_value for value in model.graph.initializers.values())
+    assert folded is not None
+    np.testing.assert_allclose(folded.numpy(), v / np.linalg.norm(v, axis=0), rtol=2e-3, atol=1e-5)
+
+
+def test_names_do_not_change_from_run_to_run() -> None:
+    """A plan names what it quantizes."""
+    text = "g (float[n,8] x, float[8,8] w2, float[8,8] w1) => (float[n,8] y) { r = Add(w2, w1) y = MatMul(x, r) }"
+    names = set()
+    for _ in range(12):
+        model = model_of(text, weights="w1 w2")
+        InferShapes()(model)
+        FoldWeights()(model)
+        names |= set(model.graph.initializers)
+    assert names == {"w1", "w2", "w1_folded"}
