@@ -27,6 +27,8 @@ from qonnx.placement import Edge
 from qonnx.plan import BiasPlan, QuantPlan
 from qonnx.runtime import session
 
+_SIZED_BY_DATA = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
+
 # From this opset on ReduceMean takes its axes as an input.
 _AXES_ARE_AN_INPUT = 18
 
@@ -153,8 +155,9 @@ def side_by_side(
     layers = {node.name: node for node in edges}
     outputs: dict[str, ir.Node] = {}
     for node in list(quantized.graph):
-        if any(True for _ in subgraphs(node)):
+        if any(True for _ in subgraphs(node)) or node.op_type in _SIZED_BY_DATA:
             # A body is not copied: it reads values of the graph around it by reference. Both networks use one result.
+            # So they do where its size depends on values: else one may find another number of boxes than the other.
             twins.update({value.name or "": float_values[value.name] for value in node.outputs})
             continue
         twin_node = _twin(node, twins, names)

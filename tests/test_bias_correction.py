@@ -263,3 +263,23 @@ def test_both_networks_read_a_default_that_the_caller_overrides() -> None:
     model.graph.register_initializer(factor)
     batches = skewed(8, 16)
     assert correct_biases(model, planned(model, batches), batches).biases
+
+
+def test_layers_behind_a_number_of_boxes_that_rounding_changes() -> None:
+    """Two stages: what is above a threshold goes through a second layer; both networks look at the same rows."""
+    model = model_of(
+        "g (float[n,64] x, float[64,64] w, float[64,1] ws, float[64,64] w2, float[64] b2) => (float[m,64] y) "
+        "{ all = Constant <value = int64[1] {-1}> () zero = Constant <value = float {0.0}> () "
+        "[first] h = MatMul(x, w) r = Relu(h) [scores] s = MatMul(r, ws) row = Reshape(s, all) g = Greater(row, zero) "
+        "i = NonZero(g) ii = Reshape(i, all) p = Gather <axis = 0> (r, ii) [second] a = MatMul(p, w2) y = Add(a, b2) }",
+        weights="w ws w2 b2",
+        scale=0.1,
+    )
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.standard_normal((256, 64)).astype(np.float32)} for _ in range(6)]
+    plan = correct_biases(model, planned(model, batches), batches)
+    assert "second" in {bias.node for bias in plan.biases} <= {"first", "scores", "second"}
+    spread = run(model, batches[0])["y"].std()
+    for bias in plan.biases:
+        assert len(bias.shift) == 64
+        assert 0 < np.abs(bias.shift).max() < 0.05 * spread  # of equal rows; of others it would be the spread
