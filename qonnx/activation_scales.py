@@ -17,9 +17,8 @@ import onnx_ir as ir
 
 from qonnx.errors import DataError
 from qonnx.graph import is_initializer, rank
+from qonnx.linear import CONVOLUTIONS
 from qonnx.statistics import TensorStatistics
-
-_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 
 # On the way from or to a convolution, which leave its channels where they are.
 _BESIDE_CONVOLUTIONS = frozenset({"Add", "Clip", "LeakyRelu", "MaxPool", "Relu"})
@@ -50,7 +49,7 @@ def _beside_convolution(value: ir.Value, reach: int = 2) -> bool:
     around = [usage.node for usage in value.uses()]
     producer = value.producer()
     around += [] if producer is None else [producer]
-    if any(node.op_type in _CONVOLUTIONS for node in around):
+    if any(node.op_type in CONVOLUTIONS for node in around):
         return True
     further = [node.inputs[0] for node in around if node is producer and node.op_type in _BESIDE_CONVOLUTIONS]
     return reach > 0 and any(

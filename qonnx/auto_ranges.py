@@ -29,7 +29,7 @@ from qonnx.bias_correction import SideBySide, bias_edges, side_by_side
 from qonnx.comparison import difference
 from qonnx.graph import Names, is_initializer, rank
 from qonnx.group_error import loudness
-from qonnx.linear import linear_of
+from qonnx.linear import CONVOLUTIONS, linear_of
 from qonnx.numerics import Dtype, scale_and_zero_point
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.placement import Placement
@@ -168,7 +168,7 @@ class _Shadows:
         dimensions = rank(node.outputs[0])
         linear = linear_of(node)
         if self._biases_corrected and linear is not None and dimensions and (linear.bias or node.op_type != "MatMul"):
-            channel = 1 if node.op_type in ("Conv", "ConvTranspose") else dimensions - 1
+            channel = 1 if node.op_type in CONVOLUTIONS else dimensions - 1
             mean = self._reduce("ReduceMean", error, [axis for axis in range(dimensions) if axis != channel], 1)
             error = self._add("Sub", [error, mean])
         by_row = linear is not None and node.op_type in ("MatMul", "Gemm") and dimensions

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qonnx.graph import Names, is_initializer, rank, subgraphs
-from qonnx.linear import Linear, linear_of
+from qonnx.linear import CONVOLUTIONS, Linear, linear_of
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.placement import Edge
 from qonnx.plan import BiasPlan, QuantPlan
@@ -191,7 +191,7 @@ def _correct(
     """Appends y - y_q per sample and channel as an output, and y_q moved to the mean of y; returns both values."""
     original = float_values[layer.outputs[0].name]
     dimensions = rank(original) or 0
-    channel = 1 if layer.op_type in ("Conv", "ConvTranspose") else dimensions - 1
+    channel = 1 if layer.op_type in CONVOLUTIONS else dimensions - 1
     rest = [axis for axis in range(1, dimensions) if axis != channel]
     every = [axis for axis in range(dimensions) if axis != channel]
 

@@ -15,13 +15,11 @@ import onnx_ir as ir
 from qonnx.data import batches
 from qonnx.errors import ModelError
 from qonnx.graph import RESCALED, load
+from qonnx.linear import LINEAR_OPS
 from qonnx.runtime import Optimization, session, with_outputs
 
 Array = npt.NDArray[Any]
 ModelSource = ir.Model | str | os.PathLike[str]
-
-# The operators whose results are compared as layers: those that quantization computes in integers.
-LAYER_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 # Results of layers are fetched in groups of about this many bytes per model, so that a batch of large activations does
 # not fill the memory; the graph runs once per group.
@@ -316,7 +314,7 @@ def _results(model: ir.Model) -> dict[str, ir.Node]:
 
 
 def _is_layer(node: ir.Node | None) -> bool:
-    return node is not None and node.domain in ("", "ai.onnx") and node.op_type in LAYER_OPS
+    return node is not None and node.domain in ("", "ai.onnx") and node.op_type in LINEAR_OPS
 
 
 def _is_real(array: Array) -> bool:

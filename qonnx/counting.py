@@ -1,6 +1,6 @@
 """The inner loop of calibration: one is added to a table for each element, at the index that its leading bits name.
 
-On the way it finds the smallest and the largest element, while both are in the cache. numba's loop takes 0.4 to 1
+On the way it finds the smallest and the largest element, while both are in the cache. numba's loop takes 0.4 to 1.5
 ns per element and lets go of the interpreter's lock, so that one batch is counted while another runs; NumPy's takes 2
 ns and holds it. Both give the same.
 """

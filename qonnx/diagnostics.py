@@ -18,6 +18,7 @@ import onnx_ir as ir
 from qonnx.calibrators import Auto, Calibrator, Entropy, MinMax, Percentile
 from qonnx.channel_maxima import channel_maxima
 from qonnx.errors import DataError
+from qonnx.linear import CONVOLUTIONS
 from qonnx.numerics import Dtype
 from qonnx.plan import QuantPlan
 from qonnx.ranges import Range, calibrated
@@ -180,7 +181,7 @@ def diagnose(
     axes: dict[str, int | None] = {}
     for tensor in plan.activations:
         readers = {layers[edge.node] for edge in tensor.edges if edge.node in layers}
-        axes[tensor.value] = None if not readers else 1 if readers & {"Conv", "ConvTranspose"} else -1
+        axes[tensor.value] = None if not readers else 1 if readers & CONVOLUTIONS else -1
     maxima = channel_maxima(model, axes, held_out)
     outliers = [Outliers(value, outlier_consistency(x)) for value, x in maxima.items() if _comparable(x)]
     counted = [value for value in chosen if value in statistics.tensors and chosen[value].source != "softmax"]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qonnx.attention import MOVES, cut_edge, result, value_products, values_index
 from qonnx.graph import dtype_name, is_float, is_initializer, module_path, rank
-from qonnx.linear import LINEAR_OPS, Linear, linear_of
+from qonnx.linear import CONVOLUTIONS, LINEAR_OPS, Linear, linear_of
 from qonnx.numerics import PerTensor
 from qonnx.recipe import Format, PerChannel, Recipe
 from qonnx.roles import is_table
@@ -241,7 +241,7 @@ def _no_rows(node: ir.Node, recipe: Recipe) -> str:
     """Why no scales that differ from row to row can be found for what a node reads."""
     if recipe.format is not Format.PER_TOKEN:
         return ""
-    if node.op_type in ("Conv", "ConvTranspose"):
+    if node.op_type in CONVOLUTIONS:
         return "a convolution sums over several positions: scales per token do not factor out (format dynamic has one)"
     ranks = [rank(value) for value in node.inputs[:2]]
     if None in ranks or ranks[1] == 1:

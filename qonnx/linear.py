@@ -15,7 +15,8 @@ import onnx_ir as ir
 
 from qonnx.graph import constant, is_float, is_initializer, rank
 
-LINEAR_OPS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+LINEAR_OPS = CONVOLUTIONS | {"Gemm", "MatMul"}
 
 # What may stand between a stored weight and its operator without changing which values belong to one output channel.
 WEIGHT_PATH_OPS = frozenset({"Transpose", "Cast", "Identity"})
@@ -79,7 +80,7 @@ class Linear:
     @property
     def kernel(self) -> tuple[int, ...]:
         """The spatial extent of a convolution's kernel, () for Gemm and MatMul."""
-        if self.node.op_type not in ("Conv", "ConvTranspose") or self.weight.shape is None:
+        if self.node.op_type not in CONVOLUTIONS or self.weight.shape is None:
             return ()
         spatial = [axis for axis in range(len(self.weight.shape)) if axis not in (self.output_axis, self.input_axis)]
         return tuple(_dimension(self.weight, axis) for axis in spatial)
@@ -115,7 +116,7 @@ def linear_of(node: ir.Node) -> Linear | None:
         stored = [_through(path, axis, rank(weight) or 0) for axis in axes]
         # Behind W x, a vector is added along the axis of x, not along the output channels.
         bias, bias_node = _bias(node, _dimension(weight, stored[0])) if weight_index == 1 else (None, None)
-        groups = node.attributes.get_int("group", 1) if node.op_type in ("Conv", "ConvTranspose") else 1
+        groups = node.attributes.get_int("group", 1) if node.op_type in CONVOLUTIONS else 1
         return Linear(node, data, data_index, weight, weight_index, path, stored[0], stored[1], groups, bias, bias_node)
     return None
 

@@ -96,8 +96,8 @@ def observe(
         values: names of float values of the main graph to observe; each is observed once, however often it is named.
         stream: batches, each one array per model input.
         distributions: names among `values` of those whose elements are also counted, as calibrators other than
-            `minmax`, `average` and `ema` need it. This costs more than the extremes: 0.5 to 1 ns per element with
-            numba, 2 without.
+            `minmax`, `average` and `ema` need it. Counting takes 0.4 to 1.5 ns per element with numba,
+            2 without.
         channel_axes: by value name, the axis along which every index is observed too.
         device: where the model and the reductions run. Of the values only extremes and sums come back, and whole those
             in `distributions`.

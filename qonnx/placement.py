@@ -20,6 +20,7 @@ from qonnx.attention import cut_edge, is_probability, projection, values_index
 from qonnx.graph import is_float, rank
 from qonnx.layers import ACTIVATION_FUNCTIONS, Layer, find_layers, is_gpu
 from qonnx.layers import Edge as Edge
+from qonnx.linear import CONVOLUTIONS
 from qonnx.recipe import Format, Recipe, Weights
 from qonnx.rules import settings_of
 from qonnx.targets import Target
@@ -88,9 +89,6 @@ _OPERATORS_BY_REASON: Mapping[str, str] = {
     "post-processing": "ArgMax ArgMin NonMaxSuppression TopK Unique",
     "its two products are inside one operator: export at opset 22 or lower to quantize them": "Attention",
 }
-# What `Target.quantize_outputs` is about.
-CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
-
 _FLOAT_REASONS = {op: reason for reason, ops in _OPERATORS_BY_REASON.items() for op in ops.split()}
 _OTHER = "not an operator that this target runs on integers"
 

@@ -250,19 +250,17 @@ class _Probe:
         plain = self._error(
             p @ v - exact for p, v, exact in zip(rounded, self._rounded_values, self._exact, strict=True)
         )
-        if not shifted:
+        group, channels = self._one.group, self._one.channels
+        if not shifted or group is None or channels is None:
             return plain, end, None
-        assert self._one.channels is not None
-        offsets = self._offsets(end)
-        moved: Floats = self._one.channels.spread(offsets, 0.0, self._exact[0].ndim).astype(np.float32)
+        offsets = self._offsets(end, group, channels)
+        moved: Floats = channels.spread(offsets, 0.0, self._exact[0].ndim).astype(np.float32)
         values = self._rounded([v - moved for _, v in self._unseen])
         centred = self._error(p @ v - (exact - moved) for p, v, exact in zip(rounded, values, self._exact, strict=True))
         return (centred, end, offsets) if centred < plain else (plain, end, None)
 
-    def _offsets(self, end: float) -> Vector:
+    def _offsets(self, end: float, group: SmoothGroup, channels: Channels) -> Vector:
         """[channels] the offsets that leave the least error when probabilities are rounded."""
-        assert self._one.channels is not None
-        assert self._one.group is not None
         rounded = self._rounded([p for p, _ in self._seen], end)
         sums, errors = [], []
         for (p, v), q in zip(self._seen, rounded, strict=True):
@@ -270,7 +268,7 @@ class _Probe:
             errors.append(self._by_channel(result))
             sums.append(self._by_channel(np.broadcast_to((q - p).sum(axis=-1, keepdims=True), result.shape)))
         s, e = self._varying(np.concatenate(sums, axis=1)), self._varying(np.concatenate(errors, axis=1))
-        size, index = self._one.group.producer.size, self._one.channels.index.reshape(-1)
+        size, index = group.producer.size, channels.index.reshape(-1)
         ours = index != FOREIGN
         above, below = np.zeros(size), np.zeros(size)
         np.add.at(above, index[ours], np.einsum("cn,cn->c", s, e)[ours])
@@ -281,7 +279,7 @@ class _Probe:
         np.maximum.at(high, index[ours], values.max(axis=1)[ours])
         offsets = np.clip(np.divide(above, below, out=np.zeros(size), where=below > 0), low, high)
         seen = low <= high  # the others are channels of the group that another product reads
-        return np.asarray(np.where(self._one.group.free & seen, offsets, 0.0))
+        return np.asarray(np.where(group.free & seen, offsets, 0.0))
 
     def _error(self, errors: Iterable[npt.NDArray[np.floating[Any]]]) -> float:
         e = self._varying(np.concatenate([self._by_channel(error) for error in errors], axis=1))

@@ -24,6 +24,7 @@ from qonnx.devices import Device, Format
 from qonnx.devices import device as device_named
 from qonnx.errors import ModelError, RecipeError
 from qonnx.graph import all_graphs, load, module_path
+from qonnx.linear import CONVOLUTIONS
 from qonnx.numerics import Blocked, Dtype
 from qonnx.placement import Edge
 from qonnx.plan import QuantPlan
@@ -229,7 +230,7 @@ def _int8(found: Iterable[Kernel]) -> _Types:
             if linear is not None:
                 weights[kernel] = (8, 0)
         # What lies between convolutions stays on integers: pooling, and what a fused Add adds to their result.
-        skips = kernel.node.op_type in ("Conv", "ConvTranspose")
+        skips = kernel.node.op_type in CONVOLUTIONS
         for read in kernel.reads:
             computed = not any(value.is_initializer() for value in read.values)
             if kernel.node.op_type == "MaxPool" or (skips and computed and read.edge.node != kernel.node.name):
@@ -328,7 +329,7 @@ def _flop(kernel: Kernel) -> int | None:
         if past is None or keys is None or None in factors:
             return None
         return 2 * sum(factor or 0 for factor in factors) * (keys + past)
-    if node.op_type in ("Conv", "ConvTranspose"):
+    if node.op_type in CONVOLUTIONS:
         weight, outer = inputs[1], output if node.op_type == "Conv" else inputs[0]
         positions, filters, first = elements(outer), elements(weight), _along(weight, 0)
         if positions is None or filters is None or not first:

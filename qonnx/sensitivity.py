@@ -21,8 +21,9 @@ import onnx_ir as ir
 from qonnx.attention import MOVES
 from qonnx.comparison import difference
 from qonnx.graph import Names, constant
+from qonnx.linear import CONVOLUTIONS
 from qonnx.passes.insert_qdq import InsertQDQ
-from qonnx.placement import CONVOLUTIONS, Edge, written_edges
+from qonnx.placement import Edge, written_edges
 from qonnx.plan import QuantPlan
 from qonnx.runtime import session
 from qonnx.targets import target
@@ -99,8 +100,10 @@ def _with_switches(model: ir.Model, plan: QuantPlan) -> tuple[ir.Model, str]:
         quantized = node.inputs[edge.input]
         if quantized is None:
             continue
+        if original is None and (bias := constant(quantized)) is not None:  # of a layer that had none
+            original = _constant(graph, names.fresh("no_bias"), np.zeros_like(bias))
         if original is None:
-            original = _zeros(graph, names, quantized)
+            continue
         chosen = original
         if layers_of[edge]:
             switch = _switch(graph, names, switches, layers_of[edge], quantized, original)
@@ -167,13 +170,6 @@ def _node(names: Names, op: str, inputs: Sequence[ir.Value], stem: str) -> ir.No
     node = ir.node(op, inputs, name=names.fresh(stem))
     node.outputs[0].name = names.fresh(f"{stem}_value")
     return node
-
-
-def _zeros(graph: ir.Graph, names: Names, like: ir.Value) -> ir.Value:
-    """The bias of a layer that has none."""
-    array = constant(like)
-    assert array is not None  # a bias is an initializer
-    return _constant(graph, names.fresh("no_bias"), np.zeros_like(array))
 
 
 def _constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qonnx.graph import is_float, is_initializer, module_path
 from qonnx.layers import Edge, Layer, Operand, is_gpu, table_operand, why_no_weight
-from qonnx.linear import LINEAR_OPS, Linear, linear_of
+from qonnx.linear import CONVOLUTIONS, LINEAR_OPS, Linear, linear_of
 from qonnx.recipe import PerBlock, Weights
 from qonnx.roles import is_table
 from qonnx.rules import Settings
@@ -84,7 +84,7 @@ def _why_not(node: ir.Node) -> str:
 
 
 def _unfit(linear: Linear, weights: Weights, target: Target) -> str:
-    if is_gpu(target) and linear.node.op_type in ("Conv", "ConvTranspose"):
+    if is_gpu(target) and linear.node.op_type in CONVOLUTIONS:
         return "a convolution in float reads float weights: smaller ones would be unpacked by a kernel of their own"
     operand = Operand(Edge("", 0), "", linear.output_axis, linear.input_axis)
     return _unfit_groups(linear.weight, operand, weights, target)

@@ -219,7 +219,9 @@ def test_offsets_stay_among_the_values() -> None:
     one = found(made)[0]
     looks = Looks(made, [one], batches[0])
     results = looks.at(batches)
-    offsets = _Probe(one, results, results, Dtype.INT8, True, True)._offsets(1.0)
+    assert one.group is not None
+    assert one.channels is not None
+    offsets = _Probe(one, results, results, Dtype.INT8, True, True)._offsets(1.0, one.group, one.channels)
     assert np.abs(offsets).max() <= max(np.abs(result["v"]).max() for result in results)
 
 

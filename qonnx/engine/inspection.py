@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import onnx_ir as ir
 
-from qonnx.comparison import LAYER_OPS
 from qonnx.engine.listing import EngineLayer, int8_nodes
 from qonnx.graph import FLOAT_REASON, module_path
+from qonnx.linear import LINEAR_OPS
 from qonnx.linter.findings import Severity
 from qonnx.linter.products import operands_of
 
@@ -59,7 +59,7 @@ def inspect(model: ir.Model, layers: Sequence[EngineLayer], target: str) -> tupl
         layers: what the compiler made of it.
         target: the device, whose rules say what is wrong with a graph.
     """
-    products = {_name(node): node for node in model.graph if node.op_type in LAYER_OPS and node.domain == ""}
+    products = {_name(node): node for node in model.graph if node.op_type in LINEAR_OPS and node.domain == ""}
     quantizers = {_name(node) for node in model.graph if node.op_type in _QDQ}
     answers = int8_nodes(layers, products)
     wanted = {name for name, node in products.items() if _is_planned(node)}

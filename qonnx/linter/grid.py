@@ -22,10 +22,10 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from qonnx.linear import CONVOLUTIONS
 from qonnx.linter.edit import Editor, Outcome, stem_of, stored
 from qonnx.linter.findings import Repair
 from qonnx.linter.view import (
-    CONVOLUTIONS,
     PRODUCTS,
     Array,
     Quantizer,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qonnx.linear import CONVOLUTIONS
 from qonnx.linter.view import (
-    CONVOLUTIONS,
     PRODUCTS,
     Quantizer,
     is_op,

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qonnx.graph import constant
+from qonnx.linear import LINEAR_OPS
 from qonnx.linter.findings import Finding, Repair, Severity
 from qonnx.numerics import Blocked, Granularity, PerAxis, PerTensor
 
@@ -31,8 +32,7 @@ MOVERS = frozenset({
 # Of these, the operators whose result is still a constant when their first input is one.
 WEIGHT_MOVERS = MOVERS - {"Gather", "MaxPool"}
 
-CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
-PRODUCTS = CONVOLUTIONS | {"Gemm", "MatMul"}
+PRODUCTS = LINEAR_OPS
 
 
 @dataclass(frozen=True, eq=False)

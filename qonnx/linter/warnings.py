@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qonnx.linear import CONVOLUTIONS
 from qonnx.linter.findings import Finding
 from qonnx.linter.fixes import clip_bounds, float_operands_repair, repeated_repair, stored_float_repair
 from qonnx.linter.products import (
@@ -20,7 +21,6 @@ from qonnx.linter.products import (
     thin_matrix,
 )
 from qonnx.linter.view import (
-    CONVOLUTIONS,
     PRODUCTS,
     Quantizer,
     Rule,
