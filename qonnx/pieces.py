@@ -30,7 +30,7 @@ _BYTES = 1 << 26
 
 # How many elements of a sample of each activation are compared: so many runs of so many.
 _RUNS = 32
-_RUN = 128
+_RUN = 64
 
 # How far results of samples run apart and together may differ: kernels add in another order for another number of
 # samples. Elements near 0 may differ by more of themselves, but few do.
@@ -84,18 +84,19 @@ def run_apart(
     if all(np.array_equal(*array) for array in tried.values()):
         return lambda: None  # what two equal samples have in common is not what all have
 
-    def kept(results: Batch, samples: int) -> _Kept:
-        return {name: (results[name].nbytes, _kept(results[name], outputs[name], samples)) for name in outputs}
+    def run(samples: Batch) -> tuple[Batch, _Kept]:
+        results, count = runner.run(samples), rows(samples)
+        return results, {n: (results[n].nbytes, _kept(results[n], outputs[n], count)) for n in outputs}
 
-    both = pool.submit(lambda: kept(runner.run(tried), 2))
-    ends = [pool.submit(runner.run, end) for end in cut(tried, 2)]
+    both = pool.submit(lambda: run(tried)[1])
+    ends = [pool.submit(run, end) for end in cut(tried, 2)]
 
     def ended() -> Apart | None:
         try:
-            together, (first, last) = both.result(), [end.result() for end in ends]
+            together, ((first, one), (last, other)) = both.result(), [end.result() for end in ends]
         except DataError:  # it runs on some numbers of samples only; if not even on this one, the batch itself says so
             return None
-        if not _alike(outputs, together, kept(first, 1), kept(last, 1)):
+        if not _alike(outputs, together, one, other):
             return None
         elements = sum(int(together[name][1]) for name, statistic in outputs.items() if statistic is Statistic.COUNT)
         observed = 4 * elements + sum(size for size, _ in together.values())
@@ -139,8 +140,8 @@ def _kept(array: Array, statistic: Statistic, samples: int) -> Array:
     whole = array.reshape(samples, -1)
     if whole.shape[1] <= _RUNS * _RUN:
         return whole.copy()
-    starts = np.arange(_RUNS) * (whole.shape[1] - _RUN) // (_RUNS - 1)
-    return whole[:, (starts[:, np.newaxis] + np.arange(_RUN)).reshape(-1)]
+    step = whole.shape[1] // _RUNS
+    return whole[:, : _RUNS * step].reshape(samples, _RUNS, step)[:, :, :_RUN].copy().reshape(samples, -1)
 
 
 def _same(one: Array, other: Array) -> bool:
