@@ -23,6 +23,7 @@ from qonnx.blocks import observing_session
 from qonnx.counting import counting
 from qonnx.data import Digest
 from qonnx.errors import DataError
+from qonnx.independence import independent
 from qonnx.passes.augment import AddObservers, Observer, Statistic, observers
 from qonnx.pieces import Apart, pieces, run_apart
 from qonnx.rebatch import rows
@@ -123,7 +124,8 @@ def observe(
         if distributions:
             beside.submit(counting)  # compiled once in a process, which takes as long as opening the session
         runner = observing_session(augmented, max(1, (os.cpu_count() or 1) // _WORKERS), device)
-    run = _Run(watched, _positive_axes(model, channel_axes or {}))
+    axes = _positive_axes(model, channel_axes or {})
+    run = _Run(watched, axes, 0 not in axes.values() and independent(model, values))
     rest = _after(earlier, stream)
     batches, samples, start = earlier.batches, earlier.samples, time.perf_counter()
     try:
@@ -211,8 +213,9 @@ class _Work:
 class _Run:
     """The statistics of one run while it grows."""
 
-    def __init__(self, watched: Sequence[Observer], axes: Mapping[str, int]) -> None:
+    def __init__(self, watched: Sequence[Observer], axes: Mapping[str, int], independent_samples: bool) -> None:
         self._axes = axes
+        self._independent = independent_samples
         self._outputs: dict[str, dict[Statistic, str]] = {}
         for observer in watched:
             self._outputs.setdefault(observer.value, {})[observer.statistic] = observer.output
@@ -243,7 +246,7 @@ class _Run:
             read = list(itertools.islice(stream, 1))
             if not read:
                 return
-            trial = run_apart(runner, read[0], self._statistics, pool)
+            trial = run_apart(runner, read[0], self._statistics, pool, self._independent)
             try:
                 read += itertools.islice(stream, 1)  # the second one meanwhile
             finally:  # whatever happens to it, the first one counts

@@ -61,19 +61,20 @@ class Apart(NamedTuple):
 
 
 def run_apart(
-    runner: Session, batch: Batch, outputs: Mapping[str, Statistic], pool: Executor
+    runner: Session, batch: Batch, outputs: Mapping[str, Statistic], pool: Executor, independent: bool = False
 ) -> Callable[[], Apart | None]:
     """Begins to run the first and the last sample of a batch.
 
-    They must not where the first axis is time and not samples, or where a mean is taken over all samples. The two
-    samples are run together and apart, and all that is observed must be the same; a dependence that two samples do not
-    show, such as one of every third, is not found.
+    They must not where the first axis is time and not samples, or where a mean is taken over all samples. Unless the
+    graph tells, the two samples are run together and apart, and all that is observed must be the same; a dependence
+    that two samples do not show, such as one of every third, is not found.
 
     Args:
         runner: the model with observers.
         batch: the first one.
         outputs: what each output of the runner holds.
         pool: the threads that will run the model.
+        independent: what the graph tells, see `qonnx.independence`.
 
     Returns:
         What waits until they are run, and returns what that told; None where batches must not be run in pieces.
@@ -81,28 +82,34 @@ def run_apart(
     if not has_batch_axis(batch, runner.inputs) or rows(batch) < 2:
         return lambda: None
     tried = {name: array[[0, -1]] for name, array in batch.items()}
-    if all(np.array_equal(*array) for array in tried.values()):
+    if not independent and all(np.array_equal(*array) for array in tried.values()):
         return lambda: None  # what two equal samples have in common is not what all have
 
     def run(samples: Batch) -> tuple[Batch, _Kept]:
         results, count = runner.run(samples), rows(samples)
         return results, {n: (results[n].nbytes, _kept(results[n], outputs[n], count)) for n in outputs}
 
-    both = pool.submit(lambda: run(tried)[1])
+    both = None if independent else pool.submit(lambda: run(tried)[1])
     ends = [pool.submit(run, end) for end in cut(tried, 2)]
 
     def ended() -> Apart | None:
         try:
-            together, ((first, one), (last, other)) = both.result(), [end.result() for end in ends]
+            together = None if both is None else both.result()
+            (first, one), (last, other) = [end.result() for end in ends]
         except DataError:  # it runs on some numbers of samples only; if not even on this one, the batch itself says so
             return None
-        if not _alike(outputs, together, one, other):
+        if together is not None and not _alike(outputs, together, one, other):
             return None
-        elements = sum(int(together[name][1]) for name, statistic in outputs.items() if statistic is Statistic.COUNT)
-        observed = 4 * elements + sum(size for size, _ in together.values())
+        observed = sum(_observed(kept[name], outputs[name]) for kept in (one, other) for name in outputs)
         return Apart(observed / sum(array.nbytes for array in tried.values()), (first, last))
 
     return ended
+
+
+def _observed(kept: tuple[int, Array], statistic: Statistic) -> int:
+    """The bytes of an output, and of what is reduced in the graph."""
+    size, found = kept
+    return size + (4 * int(found) if statistic is Statistic.COUNT else 0)
 
 
 def _alike(outputs: Mapping[str, Statistic], together: _Kept, first: _Kept, last: _Kept) -> bool:

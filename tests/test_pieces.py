@@ -148,7 +148,10 @@ def test_statistics_are_those_of_whole_batches(name: str, extremes_only: str, mo
 
 
 @pytest.mark.parametrize("samples", [2, 3, 8])
-def test_only_two_samples_are_run_twice(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "twice"), {"elements": 0, "samples merged with another axis": 2}.items())
+def test_two_samples_are_run_twice_only_where_the_graph_does_not_tell(
+    name: str, twice: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes, run = list[int](), Session.run
 
     def counted(self: Session, feeds: Batch) -> dict[str, np.ndarray]:
@@ -157,8 +160,8 @@ def test_only_two_samples_are_run_twice(samples: int, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Session, "run", counted)
     stream = [batch(samples), batch(5)]
-    statistics = observe(model_of(APART["elements"]), ["x", "y"], stream, distributions=["y"])
-    assert sum(sizes) == samples + 2 + 5
+    statistics = observe(model_of(APART[name]), ["x", "y"], stream, distributions=["y"])
+    assert sum(sizes) == samples + twice + 5
     assert 0 not in sizes
     assert (statistics.samples, statistics.tensors["x"].count) == (samples + 5, 4 * (samples + 5))
     found = statistics.tensors["y"].sketch
