@@ -5,13 +5,14 @@ Operator by operator: what is not known here counts as dependent. `qonnx.pieces`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TypeAlias
 
 import onnx_ir as ir
 
-_Values: TypeAlias = set[ir.Value]
+# The ranks of the values that hold an entry per sample along the first axis. They are counted here, as files declare
+# wrong shapes, which ONNX Runtime only warns of.
+_Ranks: TypeAlias = Mapping[ir.Value, int]
 
 # fmt: off
 _ELEMENTWISE = frozenset({
@@ -28,15 +29,16 @@ _BATCHED = frozenset({
     "GroupNormalization", "InstanceNormalization", "LRN", "LpPool", "MaxPool", "SpaceToDepth",
 })
 
-# What is computed along the axes that an attribute names, or in later opsets the second input.
-_ALONG_AXES = frozenset({
-    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
-    "ReduceSum", "ReduceSumSquare", "Squeeze", "Unsqueeze",
-})
+# What is computed along the axes that an attribute names, or in later opsets the second input, and by how many axes the
+# rank grows for each of them.
+_ALONG_AXES: Mapping[str, int] = {
+    "ReduceL1": -1, "ReduceL2": -1, "ReduceLogSum": -1, "ReduceLogSumExp": -1, "ReduceMax": -1, "ReduceMean": -1,
+    "ReduceMin": -1, "ReduceProd": -1, "ReduceSum": -1, "ReduceSumSquare": -1, "Squeeze": -1, "Unsqueeze": 1,
+}
 # fmt: on
 
-# What is computed along one axis, and which that is where the node does not say. In old opsets it is 1 and not the
-# last one of the softmaxes: not the first either.
+# What is computed along one axis or from there on, and which that is where the node does not say. Before opset 13 that
+# of the softmaxes is 1, which is not the first axis either.
 _ALONG_AXIS: Mapping[str, int] = {
     "LayerNormalization": -1,
     "LogSoftmax": -1,
@@ -50,104 +52,104 @@ def independent(model: ir.Model, values: Iterable[str]) -> bool:
     """Whether each of some values holds one entry per sample along its first axis, computed from that sample alone.
 
     Args:
-        model: with inferred shapes; the first axis of all its inputs is that of samples.
+        model: the first axis of all its inputs is that of samples; initializers that double as inputs are constants.
         values: names of values of the main graph. One that depends on constants only is not of the kind.
 
     Returns:
         False also where that is not known.
 
     Example:
-        >>> text = 'g (float[n, 2] x) => (float[n, 2] y, float[n, 2] z) { y = Relu(x) z = CumSum(x, a) }'
-        >>> text = text.replace("{", "<int64 a = {0}> {", 1)
+        >>> text = "g (float[n, 2] x) => (float[n, 2] y, float[n, 2] z) { y = Relu(x) z = Softmax <axis = 0> (x) }"
         >>> model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
         >>> independent(model, ["x", "y"]), independent(model, ["y", "z"])
         (True, False)
     """
-    found = {value for value in model.graph.inputs if not value.is_initializer()}
+    fed = [value for value in model.graph.inputs if not value.is_initializer()]
+    ranks = {value: value.shape.rank() for value in fed if value.shape is not None}
     for node in model.graph:
-        if node.domain in ("", "ai.onnx") and _by_sample(node, found):
-            found.update(node.outputs)
-    return {value.name for value in found}.issuperset(values)
+        if node.domain in ("", "ai.onnx") and (rank := _by_sample(node, ranks)):
+            ranks.update(dict.fromkeys(node.outputs, rank))
+    return {value.name for value in ranks}.issuperset(values)
 
 
-def _by_sample(node: ir.Node, found: _Values) -> bool:
-    """Whether a node computes every sample by itself, from values of the kind and constants."""
+def _by_sample(node: ir.Node, ranks: _Ranks) -> int:
+    """The rank of what a node computes of each sample, from values of the kind and constants; 0 if it does not."""
     given = [value for value in node.inputs if value is not None]
-    if not given or not all(value in found or value.const_value is not None for value in given):
-        return False
+    if not all(value in ranks or value.const_value is not None for value in given):
+        return 0
+    found = [ranks[value] for value in given if value in ranks]
+    if not found:
+        return 0
     if node.op_type in _ELEMENTWISE:
-        return _broadcasts(node, given, found)
+        alike = all(ranks[v] == max(found) if v in ranks else _same_for_all(v, max(found)) for v in given)
+        return max(found) if alike else 0
     if node.op_type == "Concat":
-        return found.issuperset(given) and _behind_first(node, [node.attributes.get_int("axis", 0)])
-    if node.op_type == "MatMul":
-        return given[0] in found and _multiplies_samples(node, found)
-    if given[0] not in found or not found.isdisjoint(given[1:]):
-        return False
+        return found[0] if len(found) == len(given) and _behind_first(_axis(node, 0), found[0]) else 0
+    if node.op_type == "MatMul" and len(found) == 2:
+        return found[0] if found[0] == found[1] > 2 else 0
+    # Of all others it is the first input, and nothing else.
+    return _changes_rank(node, found[0]) if given[0] in ranks and len(found) == 1 else 0
+
+
+def _changes_rank(node: ir.Node, rank: int) -> int:
+    """The rank of what a node makes of its first input; 0 if it does not do so by sample."""
     if node.op_type in _BATCHED:  # the places of maxima are counted through all samples
-        return len(node.outputs) == 1 and not node.attributes.get_int("training_mode", 0)
+        return rank if len(node.outputs) == 1 and not node.attributes.get_int("training_mode", 0) else 0
     if node.op_type in _ALONG_AXIS:
-        return _behind_first(node, [node.attributes.get_int("axis", _ALONG_AXIS[node.op_type])])
+        return rank if _behind_first(_axis(node, _ALONG_AXIS[node.op_type]), rank) else 0
     if node.op_type in _ALONG_AXES:
-        return _behind_first(node, _constants(node, "axes", 1))
-    rule = _RULES.get(node.op_type)
-    return rule is not None and rule(node)
-
-
-def _broadcasts(node: ir.Node, given: Collection[ir.Value], found: _Values) -> bool:
-    """Whether samples meet the same samples, and constants are the same for all of them."""
-    rank = _rank(node.outputs[0])
-    alike = all(_rank(value) == rank if value in found else _same_for_all(value, rank) for value in given)
-    return alike and rank > 0 and not found.isdisjoint(given)
+        axes = _constants(node, "axes", 1) or []
+        after = rank + _ALONG_AXES[node.op_type] * len(axes)
+        kept = node.op_type.startswith("Reduce") and node.attributes.get_int("keepdims", 1) != 0
+        return (rank if kept else after) if _behind_first(axes, max(rank, after)) else 0
+    match node.op_type:
+        case "Flatten":
+            return 2 if node.attributes.get_int("axis", 1) == 1 else 0
+        case "Gemm":
+            bias = node.inputs[2] if len(node.inputs) > 2 else None
+            plain = not node.attributes.get_int("transA", 0) and (bias is None or _same_for_all(bias, 2))
+            return 2 if plain else 0
+        case "MatMul":
+            right = node.inputs[1]
+            return rank if rank > 1 and right is not None and _constant_rank(right) == 2 else 0
+        case "Pad":
+            pads = _constants(node, "pads", 1) or []
+            return rank if len(node.inputs) < 4 and len(pads) == 2 * rank and pads[0] == pads[rank] == 0 else 0
+        case "Reshape":
+            shape = _constants(node, "shape", 1) or [-1]
+            return len(shape) if shape[0] == 0 and not node.attributes.get_int("allowzero", 0) else 0
+        case "Resize":
+            return rank if _resizes_behind(node) else 0
+        case "Transpose":
+            return rank if (node.attributes.get_ints("perm", None) or (-1,))[0] == 0 else 0
+    return 0
 
 
 def _same_for_all(constant: ir.Value, rank: int) -> bool:
-    shape = constant.shape
-    return shape is not None and (shape.rank() < rank or (shape.rank() == rank and rank > 0 and shape[0] == 1))
+    """Whether a constant meets every sample of a value of some rank with the same elements."""
+    stored = constant.const_value
+    own = _constant_rank(constant)
+    return stored is not None and (own < rank or (own == rank and stored.shape[0] == 1))
 
 
-def _behind_first(node: ir.Node, axes: Collection[int] | None) -> bool:
-    """Whether axes, which a node counts where it has more of them, leave out the first. Without any, it means all."""
-    ranks = _rank(node.inputs[0]), _rank(node.outputs[0])
-    return bool(axes) and min(ranks) > 0 and all(axis % max(ranks) > 0 for axis in axes or ())
+def _constant_rank(value: ir.Value) -> int:
+    return -1 if value.const_value is None else len(value.const_value.shape)
 
 
-def _reshapes_samples(node: ir.Node) -> bool:
-    shape, before = _constants(node, "shape", 1), node.inputs[0]
-    if not shape or before is None or node.attributes.get_int("allowzero", 0) != 0:
-        return False
-    behind = [size if isinstance(size, int) else 0 for size in before.shape or (0, 0)][1:]
-    return shape[0] == 0 or (shape[0] == -1 and 0 < math.prod(behind) == math.prod(shape[1:]))
+def _axis(node: ir.Node, default: int) -> list[int]:
+    return [node.attributes.get_int("axis", default)]
 
 
-def _multiplies_samples(node: ir.Node, found: _Values) -> bool:
-    left, right = node.inputs[:2]
-    rank = _rank(left)
-    return _rank(right) == (rank if right in found else 2) and rank > (2 if right in found else 1)
-
-
-def _multiplies_rows(node: ir.Node) -> bool:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return not node.attributes.get_int("transA", 0) and (bias is None or _same_for_all(bias, 2))
-
-
-def _pads_behind(node: ir.Node) -> bool:
-    pads, rank = _constants(node, "pads", 1), _rank(node.inputs[0])
-    return len(node.inputs) < 4 and pads is not None and len(pads) == 2 * rank > 0 and pads[0] == pads[rank] == 0
+def _behind_first(axes: Collection[int], rank: int) -> bool:
+    """Whether axes leave out the first. None stand for all."""
+    return bool(axes) and rank > 0 and all(axis % rank > 0 for axis in axes)
 
 
 def _resizes_behind(node: ir.Node) -> bool:
     scales = node.inputs[2].const_value if len(node.inputs) > 2 and node.inputs[2] is not None else None
-    return scales is not None and "axes" not in node.attributes and scales.size > 1 and scales.numpy()[0] == 1
-
-
-_RULES: Mapping[str, Callable[[ir.Node], bool]] = {
-    "Flatten": lambda node: node.attributes.get_int("axis", 1) == 1,
-    "Gemm": _multiplies_rows,
-    "Pad": _pads_behind,
-    "Reshape": _reshapes_samples,
-    "Resize": _resizes_behind,
-    "Transpose": lambda node: (node.attributes.get_ints("perm", None) or (-1,))[0] == 0,
-}
+    # The region of interest may be one of samples, too.
+    cropped = node.attributes.get_string("coordinate_transformation_mode", "") == "tf_crop_and_resize"
+    return not cropped and "axes" not in node.attributes and scales is not None and [*scales.numpy()[:1]] == [1]
 
 
 def _constants(node: ir.Node, name: str, index: int) -> list[int] | None:
@@ -158,8 +160,3 @@ def _constants(node: ir.Node, name: str, index: int) -> list[int] | None:
     value = node.inputs[index] if len(node.inputs) > index else None
     stored = None if value is None else value.const_value
     return None if stored is None else [int(size) for size in stored.numpy().reshape(-1)]
-
-
-def _rank(value: ir.Value | None) -> int:
-    """-1 where it is not known."""
-    return -1 if value is None or value.shape is None else value.shape.rank()

@@ -273,8 +273,8 @@ class _Run:
         batch = None
         for index, run in work:
             results = run()
-            # In turn from the front and from the back, as two threads that count the same tensors wait for each other.
-            names = reversed(self._outputs) if index % _WORKERS else iter(self._outputs)
+            # From the front and from the back in turn: threads that count the same tensor wait for each other.
+            names = reversed(self._outputs) if (number + index) % 2 else iter(self._outputs)
             parts = {name: self._measured(name, results) for name in names}
             if work.done(index, parts):
                 self._finished[number] = batch = self._whole(work)

@@ -65,8 +65,8 @@ def run_apart(
 ) -> Callable[[], Apart | None]:
     """Begins to run the first and the last sample of a batch.
 
-    They must not where the first axis is time and not samples, or where a mean is taken over all samples. Unless the
-    graph tells, the two samples are run together and apart, and all that is observed must be the same; a dependence
+    Samples must not be run apart where the first axis is time, or where a mean is taken over all of them. Unless the
+    graph tells that, the two are run together and apart, and all that is observed must be the same; a dependence
     that two samples do not show, such as one of every third, is not found.
 
     Args:
@@ -79,37 +79,35 @@ def run_apart(
     Returns:
         What waits until they are run, and returns what that told; None where batches must not be run in pieces.
     """
-    if not has_batch_axis(batch, runner.inputs) or rows(batch) < 2:
+    if not has_batch_axis(batch, runner.inputs) or rows(batch) < 2 or not all(array.size for array in batch.values()):
         return lambda: None
     tried = {name: array[[0, -1]] for name, array in batch.items()}
     if not independent and all(np.array_equal(*array) for array in tried.values()):
         return lambda: None  # what two equal samples have in common is not what all have
 
-    def run(samples: Batch) -> tuple[Batch, _Kept]:
-        results, count = runner.run(samples), rows(samples)
-        return results, {n: (results[n].nbytes, _kept(results[n], outputs[n], count)) for n in outputs}
+    def kept(results: Batch, samples: int) -> _Kept:
+        return {name: (results[name].nbytes, _kept(results[name], outputs[name], samples)) for name in outputs}
 
-    both = None if independent else pool.submit(lambda: run(tried)[1])
-    ends = [pool.submit(run, end) for end in cut(tried, 2)]
+    both = None if independent else pool.submit(lambda: kept(runner.run(tried), 2))
+    ends = [pool.submit(runner.run, end) for end in cut(tried, 2)]
 
     def ended() -> Apart | None:
         try:
             together = None if both is None else both.result()
-            (first, one), (last, other) = [end.result() for end in ends]
+            first, last = (end.result() for end in ends)
         except DataError:  # it runs on some numbers of samples only; if not even on this one, the batch itself says so
             return None
-        if together is not None and not _alike(outputs, together, one, other):
+        if together is not None and not _alike(outputs, together, kept(first, 1), kept(last, 1)):
             return None
-        observed = sum(_observed(kept[name], outputs[name]) for kept in (one, other) for name in outputs)
+        observed = sum(_observed(end[name], statistic) for end in (first, last) for name, statistic in outputs.items())
         return Apart(observed / sum(array.nbytes for array in tried.values()), (first, last))
 
     return ended
 
 
-def _observed(kept: tuple[int, Array], statistic: Statistic) -> int:
-    """The bytes of an output, and of what is reduced in the graph."""
-    size, found = kept
-    return size + (4 * int(found) if statistic is Statistic.COUNT else 0)
+def _observed(output: Array, statistic: Statistic) -> int:
+    """The bytes of an output, or of what was reduced to it."""
+    return output.nbytes + (4 * int(output) if statistic is Statistic.COUNT else 0)
 
 
 def _alike(outputs: Mapping[str, Statistic], together: _Kept, first: _Kept, last: _Kept) -> bool:
@@ -147,8 +145,8 @@ def _kept(array: Array, statistic: Statistic, samples: int) -> Array:
     whole = array.reshape(samples, -1)
     if whole.shape[1] <= _RUNS * _RUN:
         return whole.copy()
-    step = whole.shape[1] // _RUNS
-    return whole[:, : _RUNS * step].reshape(samples, _RUNS, step)[:, :, :_RUN].copy().reshape(samples, -1)
+    starts = np.arange(_RUNS) * (whole.shape[1] - _RUN) // (_RUNS - 1)
+    return whole[:, (starts[:, np.newaxis] + np.arange(_RUN)).reshape(-1)]
 
 
 def _same(one: Array, other: Array) -> bool:

@@ -50,10 +50,12 @@ def batch(samples: int = 8) -> Batch:
     return {"x": x}
 
 
-def found(model: ir.Model, feeds: Batch) -> float | None:
+def found(
+    model: ir.Model, feeds: Batch, statistic: Statistic = Statistic.ELEMENTS, independent: bool = False
+) -> float | None:
     runner = session(with_outputs(model, ["y"]))
     with ThreadPoolExecutor(2) as pool:
-        apart = run_apart(runner, feeds, {"y": Statistic.ELEMENTS}, pool)()
+        apart = run_apart(runner, feeds, {"y": statistic}, pool, independent)()
     return None if apart is None else apart.per_byte
 
 
@@ -87,11 +89,13 @@ def test_what_lies_behind_the_elements_that_are_compared_has_the_same_number() -
     assert found(model, {"x": x}) is None
 
 
+@pytest.mark.parametrize("size", [128, 2000, 150_000])
 @pytest.mark.parametrize("part", ["f, l", "l, f"], ids=["at the end", "at the beginning"])
-def test_of_large_activations_all_parts_are_compared(part: str) -> None:
+def test_of_large_activations_all_parts_are_compared(part: str, size: int) -> None:
     model = ir.from_onnx_text(
         f"""<ir_version: 8, opset_import: ["" : 17]> g (float[n, 300000] x) => (float[n, 300000] y) {{
-            f, l = Split <axis = 1> (x) m = ReduceMean <axes = [0], keepdims = 1> (l) l2 = Sub(l, m)
+            k = Constant <value_ints = [{300_000 - size}, {size}]> () f, l = Split <axis = 1> (x, k)
+            m = ReduceMean <axes = [0], keepdims = 1> (l) l2 = Sub(l, m)
             y = Concat <axis = 1> ({part.replace("l", "l2")}) }}"""
     )
     x = np.random.default_rng(0).standard_normal((3, 300_000)).astype(np.float32)
@@ -103,8 +107,22 @@ def test_few_samples_stay_together(samples: int) -> None:
     assert found(model_of(APART["elements"]), batch(samples)) is None
 
 
-def test_equal_samples_tell_nothing() -> None:
-    assert found(model_of(APART["elements"]), {"x": np.ones((8, 4), np.float32)}) is None
+def test_equal_samples_tell_nothing_but_the_graph_does() -> None:
+    model, feeds = model_of(APART["elements"]), {"x": np.ones((8, 4), np.float32)}
+    assert found(model, feeds) is None
+    assert found(model, feeds, independent=True) == 1.0
+
+
+def test_what_is_reduced_counts_as_observed() -> None:
+    model = model_of("s = Relu(x) y = Size(s)")
+    model.graph.outputs[0].shape, model.graph.outputs[0].dtype = ir.Shape([]), ir.DataType.INT64
+    assert found(model, batch(), Statistic.COUNT, independent=True) == (4 * 4 * 2 + 8 * 2) / (4 * 4 * 2)
+
+
+def test_samples_without_elements_stay_together() -> None:
+    model, empty = model_of("y = Relu(x)", "float[n, m] x"), np.zeros((4, 0), np.float32)
+    assert found(model, {"x": empty}, independent=True) is None
+    assert observe(model, ["x", "y"], [{"x": empty}]).tensors["y"].count == 0
 
 
 def test_a_fixed_number_of_samples_stays_together() -> None:
