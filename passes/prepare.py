@@ -34,6 +34,7 @@ from qonnx.passes.name_nodes import NameNodes
 from qonnx.passes.pool_globally import PoolGlobally
 from qonnx.passes.raise_opset import RaiseOpset, opset
 from qonnx.passes.rewrite_einsum import RewriteEinsum
+from qonnx.text import count
 
 # The first version of the file format in which a weight need not be an input with a default value.
 _WEIGHTS_ARE_NO_INPUTS = 4
@@ -127,9 +128,9 @@ def _fold(model: ir.Model, notes: list[str]) -> None:
     gone = before - _operators(model)
     constants = gone.pop("Constant", 0)
     if constants:
-        notes.append(f"made {constants} Constant nodes initializers")
+        notes.append(f"made {count(constants, 'Constant node')} initializers")
     if gone:
-        notes.append(f"removed {gone.total()} nodes that nothing needs or whose result is constant")
+        notes.append(f"removed {count(gone.total(), 'node')}, which nothing needs or whose result is constant")
 
 
 def _fix_defaults(model: ir.Model) -> Iterator[str]:

@@ -38,7 +38,7 @@ from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
 from qonnx.recipe import RECIPES, Format, Recipe, Rounding, load_recipe
 from qonnx.resolve import calibrators, minimum_opset, resolve
-from qonnx.result import Result, lookup_bytes, warnings_of
+from qonnx.result import Result, loading, lookup_bytes, warnings_of
 from qonnx.roofline import roofline, unprofitable
 from qonnx.rules import unmatched
 from qonnx.runtime import Device, input_specs
@@ -275,7 +275,7 @@ def quantize(
         quantized_bytes=attempt.bytes,
         lookup_bytes=lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
-        notes=(*notes, *smooth.notes, *attempt.notes),
+        notes=(*notes, *smooth.notes, *attempt.notes, *loading(comparison)),
         warnings=(*lost, *warnings_of(attempt, comparison, held, chosen, calibrated, (smooth.warning, seen))),
         costs=attempt.costs,
         diagnostics=diagnostics,

@@ -15,6 +15,7 @@ from qonnx.graph import is_float
 from qonnx.group_report import GroupReport
 from qonnx.plan import QuantPlan
 from qonnx.recipe import Format, Recipe
+from qonnx.runtime import Optimization
 from qonnx.sensitivity import LayerCost
 from qonnx.text import count
 
@@ -96,6 +97,17 @@ def warnings_of(
     if calibrated and len(held.kept) == 1 and not held.shared:
         warnings.append("one batch was held back, on which choices were made too: give six batches or more")
     return tuple(warnings)
+
+
+def loading(comparison: Comparison) -> tuple[str, ...]:
+    """What to say of a file that ONNX Runtime could not load as it should."""
+    if not comparison.batches or comparison.optimization is not Optimization.BASIC:
+        return ()
+    return (
+        "ONNX Runtime cannot optimize this file together with session.x64quantprecision=1 (layers share a weight, or "
+        "have equal ones): it was measured with basic optimizations; in your own session set these, or leave that option out, "
+        "without which integers are exact on CPUs with VNNI only",
+    )
 
 
 def _slow_convolutions(plan: QuantPlan) -> int:

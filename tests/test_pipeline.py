@@ -55,6 +55,19 @@ def test_the_comparison_is_about_the_written_file(float_file: Path, tmp_path: Pa
     assert again.outputs == result.comparison.outputs
 
 
+@pytest.mark.parametrize("towers", [1, 2])
+def test_a_file_that_is_not_fully_optimized_is_told(towers: int, tmp_path: Path) -> None:
+    """ONNX Runtime cannot load it so, together with what keeps integers exact."""
+    second = "[right] z = MatMul(x2, w)" if towers == 2 else "z = Neg(x2)"
+    inputs = "float[n,32] x, float[n,32] x2, float[32,64] w"
+    text = f"g ({inputs}) => (float[n,64] y, float[n,m] z) {{ [left] y = MatMul(x, w) {second} }}"
+    save(model_of(text, weights="w"), tmp_path / "model.onnx")
+    stream = [{**batch, "x2": 2 * batch["x"]} for batch in data()]
+    result = qonnx.quantize(tmp_path / "model.onnx", stream, tmp_path / "q.onnx", target="ort-cpu")
+    assert len(result.plan.quantized_layers) == towers
+    assert any("basic optimizations" in note for note in result.notes) == (towers == 2)
+
+
 def test_smoothing_is_chosen_on_half_of_what_is_held_back(
     float_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

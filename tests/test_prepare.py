@@ -53,8 +53,8 @@ def test_everything_at_once() -> None:
     }"""
     model = model_of(text, weights="w s b m g1 b1", opset=12)
     assert prepared(model, minimum_opset=13) == (
-        "made 1 Constant nodes initializers",
-        "removed 4 nodes that nothing needs or whose result is constant",
+        "made 1 Constant node initializers",
+        "removed 4 nodes, which nothing needs or whose result is constant",
         "opset raised 12 -> 17",
         "folded 1 BatchNormalization into the weights before them",
         "wrote 1 LayerNormalization in one node each",
