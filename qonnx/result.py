@@ -105,8 +105,8 @@ def loading(comparison: Comparison) -> tuple[str, ...]:
         return ()
     return (
         "ONNX Runtime cannot optimize this file together with session.x64quantprecision=1 (layers share a weight, or "
-        "have equal ones): it was measured with basic optimizations; in your own session set these, or leave that option out, "
-        "without which integers are exact on CPUs with VNNI only",
+        "have equal ones): it was measured with basic optimizations; in your own session set these, or leave that "
+        "option out, without which integers are exact on CPUs with VNNI only",
     )
 
 

@@ -414,10 +414,18 @@ def test_disagreement(expected: Any, result: Any, problem: str | None) -> None:
             raise AssertionError(found)
 
 
-def test_dynamic_shapes_without_names_are_refused() -> None:
+def test_dynamic_shapes_may_come_in_the_order_of_the_arguments() -> None:
+    module, args = Call(lambda linear, x, y: x), (torch.zeros(2, 3), torch.zeros(3))
+    by_name = inputs.bind(module, args, {"x": {0: "n", 1: "m"}, "y": {0: "m"}})
+    assert inputs.bind(module, args, ({0: "n", 1: "m"}, {0: "m"})).axes == by_name.axes
+    assert inputs.bind(module, args, [{0: "n"}]).axes == inputs.bind(module, args, {"x": {0: "n"}}).axes
+
+
+@pytest.mark.parametrize("shapes", [({0: "n"}, {0: "m"}), "batch"])
+def test_dynamic_shapes_of_other_arguments_are_refused(shapes: Any) -> None:
     module = Call(lambda linear, x: x)
-    with pytest.raises(ExportError, match="give the names of axes by argument"):
-        inputs.bind(module, (torch.zeros(2, 3),), ({0: "n"},))  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match=r"that does not fit 1 argument: give the names of axes by argument"):
+        inputs.bind(module, (torch.zeros(2, 3),), shapes)
 
 
 def test_other_sizes_keep_elements_valid() -> None:

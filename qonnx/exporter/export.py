@@ -46,7 +46,7 @@ def export(
     args: tuple[Any, ...] | dict[str, Any],
     path: str | os.PathLike[str],
     *,
-    dynamic_shapes: Mapping[str, Any] | None = None,
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None = None,
     opset: int = 21,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -73,7 +73,8 @@ def export(
         args: example inputs, positional (a tuple) or by the names of `forward`'s parameters (a dict).
         path: the file to write; weights of 1 MiB and more go to `<path>.data` beside it.
         dynamic_shapes: for each parameter of `forward`, `{axis: name}`; for a parameter that is a list, tuple or dict
-            of tensors, the same nesting. One name is one symbolic dimension, wherever it stands.
+            of tensors, the same nesting. One name is one symbolic dimension, wherever it stands. A tuple or list gives
+            them in the order of the parameters.
         opset: the ONNX operator set, 18 to 25.
         input_names: names for the graph's inputs; those of `forward`'s parameters if None.
         output_names: names for the graph's outputs; if None the keys of a returned mapping, or `output`, `output_1` ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qonnx.errors import DependencyError, ExportError
 from qonnx.graph import first_line
+from qonnx.text import count
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,9 @@ def require_torch() -> None:
 
 
 def bind(
-    module: torch.nn.Module, args: tuple[Any, ...] | dict[str, Any], dynamic_shapes: Mapping[str, Any] | None
+    module: torch.nn.Module,
+    args: tuple[Any, ...] | dict[str, Any],
+    dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None,
 ) -> ExampleInputs:
     """Matches arguments with the parameters of `forward`, and dimension names with the tensors' axes.
 
@@ -98,17 +101,21 @@ def bind(
         for name, kind in kinds.items():
             if kind is inspect.Parameter.VAR_KEYWORD:
                 named.update(named.pop(name))
-    axes, shapes = _name_axes(bound.arguments, dynamic_shapes or {}, type(module).__name__)
+    named_axes = dynamic_shapes or {}
+    if isinstance(named_axes, tuple | list) and len(named_axes) <= len(bound.arguments):
+        named_axes = dict(zip(bound.arguments, named_axes, strict=False))
+    axes, shapes = _name_axes(bound.arguments, named_axes, type(module).__name__)
     return ExampleInputs(positional, named, axes, shapes)
 
 
 def _name_axes(
-    arguments: Mapping[str, Any], dynamic_shapes: Mapping[str, Any], kind: str
+    arguments: Mapping[str, Any], dynamic_shapes: Mapping[str, Any] | Sequence[Any], kind: str
 ) -> tuple[tuple[dict[int, str], ...], dict[str, Any] | None]:
     """Walks arguments and names side by side; one torch dimension per name."""
     if not isinstance(dynamic_shapes, Mapping):
         raise ExportError(
-            f"dynamic_shapes is a {type(dynamic_shapes).__name__}: give the names of axes by argument, such as "
+            f"dynamic_shapes is a {type(dynamic_shapes).__name__} that does not fit {count(len(arguments), 'argument')}: "
+            "give the names of axes by argument, such as "
             f"{{{next(iter(arguments), 'x')!r}: {{0: 'batch'}}}}"
         )
     if unknown := sorted(set(dynamic_shapes) - set(arguments)):

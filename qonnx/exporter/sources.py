@@ -7,7 +7,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 # What is exported: the module, its example inputs, and the names of its dynamic dimensions.
-Source = tuple["torch.nn.Module", tuple[Any, ...] | dict[str, Any], Mapping[str, Any] | None]
+Source = tuple["torch.nn.Module", tuple[Any, ...] | dict[str, Any], Mapping[str, Any] | Sequence[Any] | None]
 
 # The examples: two, so that no dimension has size one, and short, so that the export is quick.
 BATCH, SEQUENCE, SAMPLES = 2, 16, 4000
