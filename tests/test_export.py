@@ -570,7 +570,7 @@ def test_example_inputs_follow_the_configuration(tmp_path: Path) -> None:
         "input_features": (2, 4, 12),
         "decoder_input_ids": (2, 8),
     }
-    assert dynamic_shapes is not None
+    assert isinstance(dynamic_shapes, dict)
     assert dynamic_shapes["input_features"] == {0: "batch"}
 
     config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
@@ -582,7 +582,7 @@ def test_example_inputs_follow_the_configuration(tmp_path: Path) -> None:
         "attention_mask": (2, 16),
         "decoder_input_ids": (2, 8),
     }
-    assert dynamic_shapes is not None
+    assert isinstance(dynamic_shapes, dict)
     assert dynamic_shapes["decoder_input_ids"] == {0: "batch", 1: "decoder_sequence"}
     assert args["attention_mask"].sum() == 28  # one row is padded, so that a mask that is ignored shows
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}

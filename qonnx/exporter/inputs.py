@@ -114,8 +114,8 @@ def _name_axes(
     """Walks arguments and names side by side; one torch dimension per name."""
     if not isinstance(dynamic_shapes, Mapping):
         raise ExportError(
-            f"dynamic_shapes is a {type(dynamic_shapes).__name__} that does not fit {count(len(arguments), 'argument')}: "
-            "give the names of axes by argument, such as "
+            f"dynamic_shapes is a {type(dynamic_shapes).__name__} that does not fit "
+            f"{count(len(arguments), 'argument')}: give the names of axes by argument, such as "
             f"{{{next(iter(arguments), 'x')!r}: {{0: 'batch'}}}}"
         )
     if unknown := sorted(set(dynamic_shapes) - set(arguments)):
