@@ -12,6 +12,7 @@ from qonnx.numerics import Dtype, Granularity, PerTensor, fake_quantize, minmax,
 from qonnx.placement import Edge
 from qonnx.plan import QuantPlan, TensorPlan
 from qonnx.runtime import session
+from tests.helpers import LEVELS
 
 Array = npt.NDArray[Any]
 
@@ -99,7 +100,7 @@ def outputs(model: ir.Model, feeds: Mapping[str, Array], optimize: bool = False)
 
 def assert_outputs(model: ir.Model, feeds: Mapping[str, Array], expected: list[Array], rtol: float = 3e-6) -> None:
     """The model returns this, with and without ONNX Runtime's optimizations, up to float rounding."""
-    for optimize in (False, True):
+    for optimize in LEVELS:
         for found, reference in zip(outputs(model, feeds, optimize), expected, strict=True):
             assert found.dtype == reference.dtype
             largest = float(np.abs(reference.astype(np.float64)).max(initial=0))

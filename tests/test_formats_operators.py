@@ -14,6 +14,7 @@ import qonnx
 from qonnx.graph import load
 from qonnx.runtime import session
 from tests.graphs import model_of
+from tests.helpers import LEVELS
 
 WEIGHTS = "w w2 w3 b k v r"
 IMAGE = "float[n,16,8,8] x, float[16,16,3,3] w, float[16,16,1,1] w2"
@@ -172,6 +173,6 @@ def test_every_operator_in_every_format(name: str, recipe: str, tmp_path: Path) 
         assert {"QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul"} & {
             node.op_type for node in load(file).graph
         }
-    fast, plain = session(file).run(data[0]), session(file, optimize=False).run(data[0])
+    fast, plain = session(file).run(data[0]), session(file, optimize=LEVELS[0]).run(data[0])
     for output, expected in plain.items():
         np.testing.assert_allclose(fast[output], expected, rtol=1e-4, atol=2e-2 * np.abs(expected).max())

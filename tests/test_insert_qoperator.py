@@ -19,7 +19,7 @@ from qonnx.plan import QuantPlan, TensorPlan
 from qonnx.recipe import Operators, load_recipe
 from qonnx.runtime import session, with_outputs
 from tests.graphs import model_of
-from tests.helpers import operators, random_feeds
+from tests.helpers import LEVELS, operators, random_feeds
 from tests.plans import Array, activation_plan, assert_outputs, inserted, outputs, quant_plan, stored, weight_plan
 from tests.test_plan import planned as made_by_the_tool
 
@@ -126,7 +126,7 @@ def assert_same_codes(
     feeds = feeds or random_feeds(model)
     names = [f"{tensor.value}_quantized" for tensor in plan.activations]
     expected = session(with_outputs(reference, names), optimize=False).run(feeds)
-    for optimize in levels:
+    for optimize in [level for level in levels if level in LEVELS]:
         found = session(with_outputs(written, names), optimize=optimize).run(feeds)
         for tensor, name in zip(plan.activations, names, strict=True):
             shift = 128 if tensor.dtype is Dtype.INT8 else 0
@@ -541,6 +541,7 @@ def test_tensorrt_has_no_integer_operators(chosen: Operators) -> None:
         InsertQOperator(plan, chosen)(model)
 
 
+@pytest.mark.skipif(False not in LEVELS, reason="ONNX Runtime cannot optimize float8, and is not exact without here")
 def test_weights_that_float_activations_are_multiplied_with_may_have_any_type() -> None:
     model = model_of(
         "g (float[5,16] x, float[16,8] w, float[16,8] v, float[16,8] u) => (float[5,8] y, float[5,8] z, float[5,8] p) "
