@@ -45,7 +45,7 @@ from qonnx.passes.integer_products import (
 from qonnx.passes.microsoft_operators import write_float_product, write_gemm, write_simple
 from qonnx.passes.requantize import Ending, bias_codes, dequantized, ending_of, finish, same_grid, single, triples
 from qonnx.passes.writer import MICROSOFT, Writer, take_over
-from qonnx.plan import QuantPlan, TensorPlan
+from qonnx.plan import QuantPlan, unsigned
 from qonnx.recipe import Operators
 
 # Clip on uint8 needs 12, scales along an axis 13.
@@ -77,7 +77,7 @@ class InsertQOperator(ir.passes.InPlacePass):
             TargetError: integer operators do not take a type or granularity of the plan, or the target has none.
         """
         _check(self.plan)
-        plan = msgspec.structs.replace(self.plan, activations=tuple(map(_unsigned, self.plan.activations)))
+        plan = msgspec.structs.replace(self.plan, activations=tuple(map(unsigned, self.plan.activations)))
         AllowTypes(plan, _OPSET)(model)
         modified = InsertQDQ(plan)(model).modified
         GatherCodes()(model)
@@ -100,14 +100,6 @@ def _check(plan: QuantPlan) -> None:
             )
         if not tensor.scale:
             raise TargetError(f"activation {tensor.value!r} has no scale: calibrate it, or use format dynamic")
-
-
-def _unsigned(tensor: TensorPlan) -> TensorPlan:
-    """The same grid in uint8."""
-    if tensor.dtype is not Dtype.INT8:
-        return tensor
-    zero_point = tuple(zero + 128 for zero in tensor.zero_point or (0,) * len(tensor.scale))
-    return msgspec.structs.replace(tensor, dtype=Dtype.UINT8, zero_point=zero_point)
 
 
 def _convert(write: Writer, operators: Operators) -> None:

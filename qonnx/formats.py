@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import onnx_ir as ir
 
 from qonnx.numerics import Dtype
@@ -16,9 +17,12 @@ from qonnx.passes.insert_weight_only import InsertWeightOnly
 from qonnx.passes.lower_opset import LowerOpset
 from qonnx.passes.matmul_nbits import WriteMatMulNBits
 from qonnx.passes.quantize_biases import QuantizeBiases
-from qonnx.plan import QuantPlan
+from qonnx.plan import QuantPlan, unsigned
 from qonnx.recipe import Format, Operators
 from qonnx.targets import target
+
+# What may lie between a weight and the layers that read it.
+_MOVES = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 def insert(model: ir.Model, plan: QuantPlan) -> None:
@@ -29,6 +33,8 @@ def insert(model: ir.Model, plan: QuantPlan) -> None:
         TargetError: the plan's target does not run what the plan asks for.
         ModelError: the graph cannot be converted to the opset that the plan needs.
     """
+    if target(plan.target).integer_operators:
+        plan = _unsigned_where_shared(model, plan)
     for step in passes(plan):
         step(model)
 
@@ -53,3 +59,24 @@ def passes(plan: QuantPlan) -> tuple[ir.passes.InPlacePass, ...]:
                 packed = (WriteMatMulNBits(),) if plan.operators is Operators.MICROSOFT else ()
                 return (InsertCodebook(plan), GatherCodes(), *packed)
             return (InsertWeightOnly(plan, plan.operators),)
+
+
+def _unsigned_where_shared(model: ir.Model, plan: QuantPlan) -> QuantPlan:
+    """The plan with weights in uint8 that several layers read.
+
+    ONNX Runtime 1.31 makes all weights uint8 itself where `session.x64quantprecision` is 1 and the CPU has no VNNI, but
+    cannot load a graph then in which an int8 weight has several readers. Others stay: with VNNI, int8 is quicker.
+    """
+    nodes = {node.name: node for node in model.graph}
+    weights = tuple(
+        unsigned(tensor) if sum(_readers(nodes.get(edge.node)) for edge in tensor.edges) > 1 else tensor
+        for tensor in plan.weights
+    )
+    return msgspec.structs.replace(plan, weights=weights)
+
+
+def _readers(node: ir.Node | None) -> int:
+    """How many nodes read a weight, behind one that only moves its elements."""
+    if node is None or node.op_type not in _MOVES:
+        return 1
+    return sum(_readers(usage.node) for usage in node.outputs[0].uses())

@@ -170,6 +170,19 @@ class QuantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise RecipeError(f"plan {path}: not a valid plan ({error})") from error
 
 
+def unsigned(tensor: TensorPlan) -> TensorPlan:
+    """The same grid in uint8 where it is one of int8, and else the tensor as it is.
+
+    >>> tensor = unsigned(TensorPlan("x", (), Dtype.INT8, PerTensor(), (0.1,)))
+    >>> tensor.dtype.value, tensor.zero_point
+    ('uint8', (128,))
+    """
+    if tensor.dtype is not Dtype.INT8:
+        return tensor
+    zero_point = tuple(zero + 128 for zero in tensor.zero_point or (0,) * len(tensor.scale))
+    return msgspec.structs.replace(tensor, dtype=Dtype.UINT8, zero_point=zero_point)
+
+
 def without_left_layers(plan: QuantPlan) -> QuantPlan:
     """The plan without the edges of layers that carry a reason to stay in float: a reason written by hand counts."""
     left = {layer.node for layer in plan.float_layers}

@@ -284,3 +284,33 @@ def test_codebooks_beside_matmul_nbits(tmp_path: Path) -> None:
 
 def test_formats_know_whether_they_are_calibrated() -> None:
     assert [kind for kind in Format if kind.calibrated] == [Format.QDQ, Format.QOPERATOR]
+
+
+FIVE = ("int8-unsmoothed", "int8-qoperator", "int8-dynamic", "int8-per-token", "w8")
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "shared"),
+    [
+        *(("ort-cpu", recipe, "UINT8") for recipe in FIVE),
+        *((target, recipe, "INT8") for target in ("a800", "onnx") for recipe in ("int8-unsmoothed", "w8")),
+    ],
+)
+def test_weights_of_several_layers_are_unsigned_for_onnx_runtime(
+    target: str, recipe: str, shared: str, tmp_path: Path
+) -> None:
+    model = model_of(
+        "g (float[n,32] x, float[32,32] w, float[32,32] w2, float[32,32] w3) => (float[n,32] y) "
+        "{ a = MatMul(x, w) b = MatMul(a, w) c = MatMul(b, w2) "
+        "t = Transpose <perm = [1,0]> (w3) d = MatMul(c, t) y = MatMul(d, t) }",
+        weights="w w2 w3",
+        scale=0.2,
+    )
+    batches = [{"x": np.random.default_rng(seed).standard_normal((64, 32)).astype(np.float32)} for seed in range(3)]
+    file = tmp_path / "q.onnx"
+    qonnx.quantize(model, batches, file, recipe=recipe, target=target)
+    stored = {
+        tensor.name: tensor.data_type for tensor in onnx.load(file).graph.initializer if np.prod(tensor.dims) > 99
+    }
+    types = {name.removesuffix("_quantized"): onnx.TensorProto.DataType.Name(kind) for name, kind in stored.items()}
+    assert types == {"w": shared, "w2": "INT8", "t": shared}

@@ -12,7 +12,7 @@ import pytest
 
 import qonnx
 from qonnx.graph import load
-from qonnx.runtime import session
+from qonnx.runtime import Optimization, session
 from tests.graphs import model_of
 from tests.helpers import LEVELS
 
@@ -59,6 +59,19 @@ GRAPHS = {
     ),
     "MatMul, a stack of weights": Case(
         "g (float[4,n,32] x, float[4,32,64] w) => (float[4,n,64] y) { y = MatMul(x, w) }"
+    ),
+    "MatMul, one weight for two": Case(
+        "g (float[n,32] x, float[32,32] w) => (float[n,32] y) { a = MatMul(x, w) r = Relu(a) y = MatMul(r, w) }", 2
+    ),
+    "Gemm and MatMul, one weight behind a Transpose": Case(
+        "g (float[n,32] x, float[32,32] w, float[32] b) => (float[n,32] y) "
+        "{ t = Transpose <perm = [1,0]> (w) a = Gemm(x, t, b) r = Relu(a) y = MatMul(r, t) }",
+        2,
+    ),
+    "Conv, one weight for two": Case(
+        "g (float[n,16,8,8] x, float[n,16,8,8] z, float[16,16,3,3] w, float[16] b) => (float[n,16,6,6] y) "
+        "{ a = Conv(x, w, b) c = Conv(z, w, b) r = Relu(c) y = Sub(a, r) }",
+        2,
     ),
     "two activations": Case(
         "g (float[n,8,32] x, float[n,32,8] z) => (float[n,8,8] y) { y = MatMul(x, z) }", 0
@@ -173,6 +186,8 @@ def test_every_operator_in_every_format(name: str, recipe: str, tmp_path: Path) 
         assert {"QLinearConv", "ConvInteger", "MatMulInteger", "QLinearMatMul"} & {
             node.op_type for node in load(file).graph
         }
-    fast, plain = session(file).run(data[0]), session(file, optimize=LEVELS[0]).run(data[0])
+    opened = session(file)
+    assert opened.optimization is Optimization.ALL
+    fast, plain = opened.run(data[0]), session(file, optimize=LEVELS[0]).run(data[0])
     for output, expected in plain.items():
         np.testing.assert_allclose(fast[output], expected, rtol=1e-4, atol=2e-2 * np.abs(expected).max())
