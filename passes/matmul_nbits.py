@@ -105,6 +105,8 @@ def _rewrite(write: Writer, weight: Integers, accuracy_level: int) -> None:
     packed = ir.LazyTensor(evaluate, dtype=ir.DataType.UINT8, shape=ir.Shape((n, blocks, size * bits // 8)))
     scale, zeros = constant(weight.scale), constant(weight.zero_point)
     assert scale is not None
+    if node.inputs[0] is not None and node.inputs[0].dtype is not None:  # of another type where the weight is cast
+        scale = scale.astype(node.inputs[0].dtype.numpy())
     stem = weight.codes.name
     middle = 2 ** (bits - 1)
     inputs: list[ir.Value | None] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import onnx_ir as ir
 
+from qonnx.linear import WEIGHT_PATH_OPS
 from qonnx.numerics import Dtype
 from qonnx.passes.allow_types import AllowTypes
 from qonnx.passes.gather_codes import GatherCodes
@@ -17,12 +18,12 @@ from qonnx.passes.insert_weight_only import InsertWeightOnly
 from qonnx.passes.lower_opset import LowerOpset
 from qonnx.passes.matmul_nbits import WriteMatMulNBits
 from qonnx.passes.quantize_biases import QuantizeBiases
-from qonnx.plan import QuantPlan, unsigned
+from qonnx.plan import QuantPlan, TensorPlan, unsigned
 from qonnx.recipe import Format, Operators
 from qonnx.targets import target
 
 # What may lie between a weight and the layers that read it.
-_MOVES = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_BETWEEN = WEIGHT_PATH_OPS | {"Reshape", "Squeeze", "Unsqueeze"}
 
 
 def insert(model: ir.Model, plan: QuantPlan) -> None:
@@ -64,19 +65,21 @@ def passes(plan: QuantPlan) -> tuple[ir.passes.InPlacePass, ...]:
 def _unsigned_where_shared(model: ir.Model, plan: QuantPlan) -> QuantPlan:
     """The plan with weights in uint8 that several layers read.
 
-    ONNX Runtime 1.31 makes all weights uint8 itself where `session.x64quantprecision` is 1 and the CPU has no VNNI, but
-    cannot load a graph then in which an int8 weight has several readers. Others stay: with VNNI, int8 is quicker.
+    ONNX Runtime 1.31 makes most weights uint8 itself where `session.x64quantprecision` is 1 and the CPU has no VNNI,
+    but cannot load a graph then in which an int8 weight has several readers. Others stay: with VNNI, int8 is quicker.
+    Tables that are looked up stay, too: behind a row with a zero point of its own it finds no kernel for a product.
     """
     nodes = {node.name: node for node in model.graph}
-    weights = tuple(
-        unsigned(tensor) if sum(_readers(nodes.get(edge.node)) for edge in tensor.edges) > 1 else tensor
-        for tensor in plan.weights
-    )
-    return msgspec.structs.replace(plan, weights=weights)
+
+    def chosen(tensor: TensorPlan) -> TensorPlan:
+        readers = [op for edge in tensor.edges if edge.node in nodes for op in _readers(nodes[edge.node])]
+        return unsigned(tensor) if len(readers) > 1 and "Gather" not in readers else tensor
+
+    return msgspec.structs.replace(plan, weights=tuple(map(chosen, plan.weights)))
 
 
-def _readers(node: ir.Node | None) -> int:
-    """How many nodes read a weight, behind one that only moves its elements."""
-    if node is None or node.op_type not in _MOVES:
-        return 1
-    return sum(_readers(usage.node) for usage in node.outputs[0].uses())
+def _readers(node: ir.Node) -> list[str]:
+    """The operators that read a weight, behind one that only moves its elements or changes their type."""
+    if node.op_type not in _BETWEEN:
+        return [node.op_type]
+    return [op for usage in node.outputs[0].uses() for op in _readers(usage.node)]

@@ -68,6 +68,29 @@ GRAPHS = {
         "{ t = Transpose <perm = [1,0]> (w) a = Gemm(x, t, b) r = Relu(a) y = MatMul(r, t) }",
         2,
     ),
+    "MatMul, one float16 weight for two": Case(
+        "g (float[n,512] x, float16[512,512] w) => (float[n,512] y) "
+        "{ c = Cast <to = 1> (w) a = MatMul(x, c) r = Tanh(a) y = MatMul(r, c) }",
+        2,
+    ),
+    "a table in front of a layer, and the last weight": Case(
+        "g (int64[n,5] x, float[50,32] w, float[32,32] w2) => (float[n,5,50] y) "
+        "{ e = Gather(w, x) a = MatMul(e, w2) h = Tanh(a) t = Transpose <perm = [1,0]> (w) y = MatMul(h, t) }",
+        2,
+        1,
+    ),
+    "a table of two lookups": Case(
+        "g (int64[n,5] x, int64[n,5] z, float[50,32] w, float[32,32] w2) => (float[n,5,32] y) "
+        "{ e = Gather(w, x) f = Gather(w, z) s = Add(e, f) y = MatMul(s, w2) }",
+        1,
+        2,
+    ),
+    "two lookups, each in front of a layer": Case(
+        "g (int64[n,5] x, int64[n,5] z, float[50,32] w, float[32,32] w2) => (float[n,5,32] y) "
+        "{ e = Gather(w, x) a = MatMul(e, w2) f = Gather(w, z) b = MatMul(f, w2) y = Add(a, b) }",
+        2,
+        2,
+    ),
     "Conv, one weight for two": Case(
         "g (float[n,16,8,8] x, float[n,16,8,8] z, float[16,16,3,3] w, float[16] b) => (float[n,16,6,6] y) "
         "{ a = Conv(x, w, b) c = Conv(z, w, b) r = Relu(c) y = Sub(a, r) }",

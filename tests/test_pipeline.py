@@ -63,7 +63,7 @@ def test_a_file_that_is_not_fully_optimized_is_told(towers: int, tmp_path: Path)
     text = f"g ({inputs}) => (float[n,64] y, float[n,m] z) {{ [left] y = MatMul(x, w) {second} }}"
     save(model_of(text, weights="w"), tmp_path / "model.onnx")
     stream = [{**batch, "x2": 2 * batch["x"]} for batch in data()]
-    result = qonnx.quantize(tmp_path / "model.onnx", stream, tmp_path / "q.onnx", target="ort-cpu")
+    result = qonnx.quantize(tmp_path / "model.onnx", stream, tmp_path / "q.onnx", target="a800")
     assert len(result.plan.quantized_layers) == towers
     assert any("basic optimizations" in note for note in result.notes) == (towers == 2)
 
