@@ -173,6 +173,7 @@ class QuantPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def unsigned(tensor: TensorPlan) -> TensorPlan:
     """The same grid in uint8 where it is one of int8, and else the tensor as it is.
 
+    >>> from qonnx.numerics import PerTensor
     >>> tensor = unsigned(TensorPlan("x", (), Dtype.INT8, PerTensor(), (0.1,)))
     >>> tensor.dtype.value, tensor.zero_point
     ('uint8', (128,))
