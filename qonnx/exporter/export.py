@@ -219,10 +219,11 @@ def _translate(module: torch.nn.Module, inputs: ExampleInputs, opset: int) -> to
             return attempt()
         except Exception as error:
             # With a bias that is not a mask, torch takes the result of its fused attention kernel for one with other
-            # strides, and stops at the next view. The kernel in elementary operations has no such strides.
+            # strides, and stops at the next view. The kernel in elementary operations has no such strides, but what
+            # torch took for the result of an operator it remembers, whatever kernel is asked for.
             if "Cannot view a tensor" not in _chain(error):
                 raise
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
                 return attempt()
     except Exception as error:  # the exporter raises whatever stopped it: its own, dynamo's and the module's errors
         raise ExportError(f"{type(module).__name__} cannot be exported: {_root_cause(error)}") from error
