@@ -25,6 +25,11 @@ ModelSource = ir.Model | str | os.PathLike[str]
 # not fill the memory; the graph runs once per group.
 GROUP_BYTES = 512 * 1024 * 1024
 
+# An output is mostly constant where its mean over the samples has ten times the power of what differs from it. That is
+# worth a warning where little is kept of the latter, by the goal that recipes have.
+_MOSTLY_CONSTANT_DB = 10.0
+_LITTLE_DB = 16.0
+
 # Elements that are converted to float64 at a time.
 _CHUNK = 1 << 20
 
@@ -50,6 +55,9 @@ class Difference(msgspec.Struct, frozen=True):
             the other integers; they count for nothing else.
         node: for a layer, the name of the node that computes it.
         op: for a layer, the operator of that node.
+        variation_db: for an output, the same as `sqnr_db` of what differs between samples alone, x - mean x; the mean
+            is that of each position over the first axis. -inf where all samples are equal; nan where the other axes
+            change, with one sample, and where the two models do not differ.
     """
 
     name: str
@@ -64,6 +72,7 @@ class Difference(msgspec.Struct, frozen=True):
     mismatched_batches: int
     node: str = ""
     op: str = ""
+    variation_db: float = math.nan
 
 
 class Comparison(msgspec.Struct, frozen=True):
@@ -77,6 +86,7 @@ class Comparison(msgspec.Struct, frozen=True):
             one that smoothing has scaled.
         batches: how many batches were compared.
         optimization: how ONNX Runtime ran the candidate; less than `ALL` means that integers were simulated in float.
+        refusal: for that, what ONNX Runtime said of optimizing it; "" where it was not asked to, or did.
     """
 
     outputs: tuple[Difference, ...]
@@ -84,6 +94,7 @@ class Comparison(msgspec.Struct, frozen=True):
     unmatched_layers: tuple[str, ...]
     batches: int
     optimization: Optimization
+    refusal: str = ""
 
     @property
     def worst(self) -> Difference | None:
@@ -106,6 +117,7 @@ def compare(
     *,
     layers: bool = False,
     max_batches: int | None = None,
+    default_options: bool = False,
 ) -> Comparison:
     """Runs two models on the same data and measures how far the second is from the first.
 
@@ -120,15 +132,16 @@ def compare(
         data: see `qonnx.data.batches`.
         layers: whether to compare layers too.
         max_batches: compare on at most this many batches.
+        default_options: run the candidate as ONNX Runtime does where no option is set, see `qonnx.runtime`.
 
     Raises:
         ModelError: a model does not load, or the two differ in their inputs or outputs.
         DataError: the data do not fit the reference.
     """
-    original, quantized = session(reference), session(candidate)
+    original, quantized = session(reference), session(candidate, default_options=default_options)
     _check_same_names("input", [spec.name for spec in original.inputs], [spec.name for spec in quantized.inputs])
     _check_same_names("output", original.outputs, quantized.outputs)
-    outputs = {name: _Sums() for name in original.outputs}
+    outputs = {name: _Sums(_Variation()) for name in original.outputs}
     inner = _Layers(_graph(reference), _graph(candidate)) if layers else None
     count = 0
     for batch in batches(data, original.inputs, max_batches=max_batches):
@@ -145,6 +158,7 @@ def compare(
         unmatched_layers=inner.unmatched() if inner else (),
         batches=count,
         optimization=quantized.optimization,
+        refusal=quantized.refusal,
     )
 
 
@@ -160,6 +174,21 @@ def difference(name: str, reference: Array, candidate: Array) -> Difference:
     return sums.result(name)
 
 
+def mostly_constant(output: Difference) -> str:
+    """A warning of an output whose figure is about what all samples have in common; "" where it is not."""
+    if not output.variation_db < min(_LITTLE_DB, output.sqnr_db - _MOSTLY_CONSTANT_DB):  # it may be nan
+        return ""
+    if output.variation_db < 0:
+        return (
+            f"output {output.name} is the same for every sample, but for rounding: its {output.sqnr_db:.1f} dB say "
+            "nothing; check the model and the data"
+        )
+    return (
+        f"output {output.name} is almost the same for every sample: it keeps {output.sqnr_db:.1f} dB, but "
+        f"{output.variation_db:.1f} dB of what differs: measure the task before you use this file"
+    )
+
+
 def _measured(differences: Iterable[Difference]) -> list[Difference]:
     return [difference for difference in differences if not math.isnan(difference.sqnr_db)]
 
@@ -167,7 +196,8 @@ def _measured(differences: Iterable[Difference]) -> list[Difference]:
 class _Sums:
     """What a `Difference` is computed from, added up over batches in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, variation: _Variation | None = None) -> None:
+        self.variation = variation
         self.signal = self.noise = self.other = self.product = self.absolute = self.largest = 0.0
         self.elements = self.nonfinite_reference = self.nonfinite = self.mismatched = self.equal = 0
         self.real = True
@@ -183,6 +213,8 @@ class _Sums:
             self.elements += reference.size
             self.equal += int(np.sum(reference == candidate))
             return
+        if self.variation is not None:
+            self.variation.add(reference)
         flat, other = reference.reshape(-1), candidate.reshape(-1)
         for start in range(0, flat.size, _CHUNK):
             part = slice(start, start + _CHUNK)
@@ -221,7 +253,14 @@ class _Sums:
             mismatched_batches=self.mismatched,
             node=node,
             op=op,
+            variation_db=self._variation_db(),
         )
+
+    def _variation_db(self) -> float:
+        power = self.variation.power() if self.variation is not None else None
+        if power is None or self.noise == 0:
+            return math.nan
+        return 10 * math.log10(power / self.noise) if power > 0 else -math.inf
 
     def _sqnr_db(self) -> float:
         if not self.real or not self.elements:  # nothing to compare, perhaps because the candidate is all NaN
@@ -237,6 +276,40 @@ class _Sums:
             return 1.0
         length = math.sqrt(self.signal) * math.sqrt(self.other)
         return self.product / length if length > 0 else math.nan
+
+
+class _Variation:
+    """How far an output is from its mean over all samples, each position for itself."""
+
+    def __init__(self) -> None:
+        self.rows, self.squares, self.known = 0, 0.0, True
+        self._first: npt.NDArray[np.float64] | None = None
+        self._sum: npt.NDArray[np.float64] = np.zeros(0)
+
+    def add(self, output: Array) -> None:
+        if not self.known or not output.size:
+            return
+        if output.ndim == 0 or output[0].size > _CHUNK or not np.isfinite(output).all():
+            self.known = False
+            return
+        if self._first is None:
+            self._first = _float64(output[0])
+            self._sum = np.zeros_like(self._first)
+        if output.shape[1:] != self._first.shape:
+            self.known = False
+            return
+        for sample in output:  # less the first one, so that what is constant is 0
+            offset = _float64(sample) - self._first
+            self._sum += offset
+            self.squares += float(np.square(offset).sum())
+        self.rows += len(output)
+
+    def power(self) -> float | None:
+        """Over all samples: of n, one went into the mean. None where it is not known."""
+        if not self.known or self.rows < 2:
+            return None
+        spread = self.squares - float(np.square(self._sum).sum()) / self.rows
+        return spread * self.rows / (self.rows - 1)
 
 
 class _Layers:

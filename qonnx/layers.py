@@ -180,7 +180,7 @@ def _whole_attention(graph: ir.Graph, layers: tuple[Layer, ...]) -> tuple[Layer,
         name = pending.pop()
         for other in sorted(partners[name]):
             if not reasons[other]:
-                reasons[other] = f"the other product of its attention, {name}, stays in float"
+                reasons[other] = "the other product of its attention stays in float"
                 pending.append(other)
     return tuple(replace(layer, reason=reasons.get(layer.node, layer.reason)) for layer in layers)
 

@@ -23,10 +23,10 @@ import onnx_ir as ir
 from qonnx.activation_scales import channel_axes
 from qonnx.attempts import Job, best_attempt, corrects_stored_weights, given_attempt, only_attempt
 from qonnx.calibrators import EXTREMES
-from qonnx.comparison import NOTHING_COMPARED, compare
+from qonnx.comparison import NOTHING_COMPARED, Comparison, compare
 from qonnx.data import HoldOut, batches, expected_rows
 from qonnx.diagnostics import Diagnostics, diagnose
-from qonnx.errors import DataError, ModelError, OutputError, RecipeError, TargetError
+from qonnx.errors import DataError, ModelError, OutputError, QonnxError, RecipeError, TargetError
 from qonnx.fingerprint import fingerprint
 from qonnx.graph import all_graphs, load, parameters, publish, staging
 from qonnx.numerics import PerTensor
@@ -38,7 +38,7 @@ from qonnx.plan import QuantPlan, without_left_layers
 from qonnx.rebatch import Batch, rows, spread
 from qonnx.recipe import RECIPES, Format, Recipe, Rounding, load_recipe
 from qonnx.resolve import calibrators, minimum_opset, resolve
-from qonnx.result import Result, loading, lookup_bytes, warnings_of
+from qonnx.result import Result, by_default, loading, lookup_bytes, warnings_of
 from qonnx.roofline import roofline, unprofitable
 from qonnx.rules import unmatched
 from qonnx.runtime import Device, input_specs
@@ -260,6 +260,7 @@ def quantize(
         else:
             attempt = best_attempt(job, measured) if calibrated else only_attempt(job)
         comparison = compare(model, file, judged) if judged else NOTHING_COMPARED
+        usual = _by_default(model, file, judged, comparison) if judged and consumer.integer_operators else ()
         diagnostics = Diagnostics()
         if given is None and calibrated:
             calibrator, symmetric = chosen.activations.calibrator, consumer.symmetric
@@ -275,12 +276,20 @@ def quantize(
         quantized_bytes=attempt.bytes,
         lookup_bytes=lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
-        notes=(*notes, *smooth.notes, *attempt.notes, *loading(comparison)),
+        notes=(*notes, *smooth.notes, *attempt.notes, *loading(comparison), *usual),
         warnings=(*lost, *warnings_of(attempt, comparison, held, chosen, calibrated, (smooth.warning, seen))),
         costs=attempt.costs,
         diagnostics=diagnostics,
         smoothing=smooth.reports,
     )
+
+
+def _by_default(model: ModelSource, file: Path, judged: list[Batch], comparison: Comparison) -> tuple[str, ...]:
+    """What the file computes for someone who sets no option, where that is something else."""
+    try:
+        return by_default(comparison, compare(model, file, judged, default_options=True))
+    except QonnxError as error:
+        return by_default(comparison, error)
 
 
 def _unprofitable(model: ir.Model, recipe: Recipe, consumer: Target, sizes: Mapping[str, int]) -> dict[str, str]:

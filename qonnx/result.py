@@ -8,16 +8,23 @@ import msgspec
 import onnx_ir as ir
 
 from qonnx.attempts import Attempt
-from qonnx.comparison import Comparison
+from qonnx.comparison import Comparison, mostly_constant
 from qonnx.data import HoldOut
 from qonnx.diagnostics import Diagnostics
+from qonnx.errors import QonnxError
 from qonnx.graph import is_float
 from qonnx.group_report import GroupReport
 from qonnx.plan import QuantPlan
 from qonnx.recipe import Format, Recipe
-from qonnx.runtime import Optimization
+from qonnx.runtime import DISABLED_OPTIMIZERS, HONEST_OPTIONS
 from qonnx.sensitivity import LayerCost
 from qonnx.text import count
+
+# What ONNX Runtime 1.31 says where a weight has several readers.
+_SHARED = "Attempt to replace the existing tensor"
+
+# Differences that are not worth a word: kernels round in other places.
+_NOTICED_DB = 1.0
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -89,6 +96,8 @@ def warnings_of(
                 f"output {output.name} keeps only {output.sqnr_db:.1f} dB (the goal is {recipe.goal_sqnr_db:g} dB): "
                 "measure the task before you use this file" + listed
             )
+        elif constant := mostly_constant(output):
+            warnings.append(constant)
         if output.agreement < 1:
             warnings.append(f"output {output.name}: {1 - output.agreement:.2%} of its integers differ")
         if output.mismatched_batches:
@@ -101,12 +110,40 @@ def warnings_of(
 
 def loading(comparison: Comparison) -> tuple[str, ...]:
     """What to say of a file that ONNX Runtime could not load as it should."""
-    if not comparison.batches or comparison.optimization is not Optimization.BASIC:
+    if not comparison.batches or not comparison.refusal:
         return ()
+    shared = (
+        " (layers share a weight, or have equal ones), or leave out session.x64quantprecision=1, without which "
+        "integers are exact on CPUs with VNNI only"
+    )
     return (
-        "ONNX Runtime cannot optimize this file together with session.x64quantprecision=1 (layers share a weight, or "
-        "have equal ones): it was measured with basic optimizations; in your own session set these, or leave that "
-        "option out, without which integers are exact on CPUs with VNNI only",
+        f"ONNX Runtime cannot optimize this file ({comparison.refusal}): it was measured with basic optimizations; in "
+        "your own session set these" + (shared if _SHARED in comparison.refusal else ""),
+    )
+
+
+def by_default(measured: Comparison, usual: Comparison | QonnxError) -> tuple[str, ...]:
+    """What to say where the outputs differ in a session in which no option was set, on this CPU.
+
+    Args:
+        measured: the quantized model with the options that are set here.
+        usual: the same without, or why it does not load then.
+    """
+    disabled = ", ".join(map(repr, DISABLED_OPTIMIZERS))
+    remedy = (
+        f"set {', '.join(f'{key}={value}' for key, value in HONEST_OPTIONS.items())} and disabled_optimizers="
+        f"[{disabled}] in yours, as here"
+    )
+    if isinstance(usual, QonnxError):
+        return (f"a session with ONNX Runtime's default options refuses this file: {remedy}",)
+    pairs = zip(measured.outputs, usual.outputs, strict=True)
+    worse = [(ours, other) for ours, other in pairs if other.sqnr_db < ours.sqnr_db - _NOTICED_DB]
+    if not worse:
+        return ()
+    ours, other = min(worse, key=lambda pair: pair[1].sqnr_db)
+    return (
+        f"in a session with ONNX Runtime's default options, output {other.name} keeps {other.sqnr_db:.1f} dB on this "
+        f"CPU, not {ours.sqnr_db:.1f}: {remedy}",
     )
 
 

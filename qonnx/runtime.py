@@ -35,8 +35,9 @@ HONEST_OPTIONS = {
 }
 
 # ONNX Runtime quantizes float biases, and float weights beside a quantized activation (these per tensor), on its own
-# account. That costs MobileNetV2 2 dB, and the figure would not be about the file.
-DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
+# account. That costs MobileNetV2 2 dB, and the figure would not be about the file. It also lets a MaxPool pad where a
+# Pad with zeros stood in front of it, which computes something else where a window holds negative numbers alone.
+DISABLED_OPTIMIZERS = ("WeightBiasQuantization", "Pad_Fusion")
 
 # Types that numpy lacks: ONNX Runtime's Python interface takes and gives them as raw bytes only.
 _RAW_TYPES = frozenset(
@@ -105,6 +106,7 @@ class Session:
         inputs: what must be fed, in graph order; initializers that double as inputs are not among them.
         outputs: the names that `run` returns. Outputs that are not tensors (sequences, maps, optionals) are left out.
         optimization: what the graph was loaded with: less than asked where ONNX Runtime could not load it otherwise.
+        refusal: for that, what ONNX Runtime said; "" where the graph was loaded as asked.
     """
 
     def __init__(
@@ -114,12 +116,14 @@ class Session:
         buffers: Iterable[Any] = (),
         outputs: Sequence[str] | None = None,
         origin: str = "model",
+        refusal: str = "",
     ) -> None:
         self._native = native
         self._buffers = tuple(buffers)  # ONNX Runtime reads the weights straight from these: they must outlive it
         self._origin = origin
         self._types = {value.name: _data_type(value.type) for value in (*native.get_inputs(), *native.get_outputs())}
         self.optimization = optimization
+        self.refusal = refusal
         self.inputs = tuple(self._input_spec(value) for value in native.get_inputs())
         available = tuple(value.name for value in native.get_outputs() if self._types[value.name] is not None)
         unknown = sorted(set(outputs or ()).difference(available))
@@ -186,6 +190,7 @@ def session(
     threads: int = 0,
     device: Device = Device.CPU,
     optimized: os.PathLike[str] | None = None,
+    default_options: bool = False,
 ) -> Session:
     """Opens a model in ONNX Runtime, with the options that keep integer results exact on every CPU.
 
@@ -203,6 +208,7 @@ def session(
         threads: threads within one operator; 0 lets ONNX Runtime choose.
         device: where the graph runs; inputs and outputs of `run` are in the memory of the CPU.
         optimized: a file to which the graph is written with all weights, as ONNX Runtime rewrote it for this CPU.
+        default_options: leave ONNX Runtime's options as they are: what comes out may depend on the CPU.
 
     Raises:
         ModelError: the file is missing or damaged, the graph is not valid, or uses what ONNX Runtime lacks.
@@ -215,14 +221,14 @@ def session(
     buffers: dict[str, Any] = {}
     if graph is not None and (graph is model or _has_shapes_outside(graph)):
         source, buffers = _skeleton(graph, origin)
-    misoptimized = graph is not None and _misoptimized(graph)
-    for level in tuple(Optimization) if optimize and not misoptimized else (Optimization.NONE,):
+    refusal = ""
+    for level in _levels(graph, optimize=optimize, default_options=default_options):
         options = ort.SessionOptions()
         options.log_severity_level = 4  # whatever goes wrong arrives as an exception, once
         options.intra_op_num_threads = threads
         options.enable_mem_pattern = False  # it holds a tenth more memory and, measured, takes as long
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level.value)
-        for key, entry in HONEST_OPTIONS.items():
+        for key, entry in () if default_options else HONEST_OPTIONS.items():
             options.add_session_config_entry(key, entry)
         options.add_session_config_entry("session.use_external_initializer_file_buffers_directly", "1")
         if optimized is not None:
@@ -237,16 +243,26 @@ def session(
                 providers=providers,
                 provider_options=[_PROVIDER_OPTIONS.get(provider, {}) for provider in providers],
                 enable_fallback=0,
-                disabled_optimizers=DISABLED_OPTIMIZERS,
+                disabled_optimizers=() if default_options else DISABLED_OPTIMIZERS,
             )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
-            if level is Optimization.NONE:
+            refusal = refusal or _reason(error)
+            if level is Optimization.NONE or default_options:
                 raise ModelError(
                     f"{origin}: ONNX Runtime cannot load this graph: {_reason(error)}{_remedy(model)}"
                 ) from error
         else:
             break
-    return Session(native, level, buffers.values(), outputs, origin)
+    return Session(native, level, buffers.values(), outputs, origin, refusal)
+
+
+def _levels(graph: ir.Model | None, *, optimize: bool, default_options: bool) -> tuple[Optimization, ...]:
+    """How far ONNX Runtime is asked to rewrite a graph, in the order in which it is tried."""
+    if default_options:
+        return (Optimization.ALL,)
+    if not optimize or (graph is not None and _misoptimized(graph)):
+        return (Optimization.NONE,)
+    return tuple(Optimization)
 
 
 def _remedy(model: ir.Model | str | os.PathLike[str]) -> str:

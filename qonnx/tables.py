@@ -144,6 +144,8 @@ def _layers(plan: QuantPlan) -> str:
 
 def comparison_tables(comparison: Comparison) -> list[Text]:
     """The worst output, then every output, and every layer where layers were compared."""
+    from qonnx.comparison import mostly_constant
+
     broken = [entry for entry in (*comparison.outputs, *comparison.layers) if nonfinite(entry)]
     verdict = f"{_verdict(comparison.outputs)}, on {count(comparison.batches, 'batch')}"
     lines = [Text(verdict, BAD if broken else TITLE)]
@@ -153,12 +155,16 @@ def comparison_tables(comparison: Comparison) -> list[Text]:
         for entry in comparison.outputs
         if entry.mismatched_batches
     )
+    lines += warning_lines(filter(None, map(mostly_constant, comparison.outputs)))
     lines += [Text(), *differences(comparison.outputs)]
     if comparison.layers:
         lines += [Text(), Text("layers in network order; errors add up on the way", TITLE)]
         lines += differences(comparison.layers)
-    if comparison.unmatched_layers:
-        lines.append(Text(f"{count(len(comparison.unmatched_layers), 'layer')} without a counterpart of that name"))
+    if unmatched := comparison.unmatched_layers:
+        lines += [Text(), Text(f"{count(len(unmatched), 'layer')} without a counterpart of that name", TITLE)]
+        lines += [line(f"  {name}") for name in unmatched[:MOST]]
+        if len(unmatched) > MOST:
+            lines.append(Text(f"  ... and {len(unmatched) - MOST} more: --json lists them all"))
     return lines
 
 

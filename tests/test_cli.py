@@ -739,13 +739,26 @@ def test_reasons_are_said_once_and_long_lists_are_cut_short() -> None:
         ({"sqnr_db": -math.inf}, "an output that is zero in float is not, on 1 batch"),
         ({"sqnr_db": math.nan, "mismatched_batches": 1}, "nothing could be compared, on 1 batch"),
         ({"sqnr_db": 46.0}, "outputs keep 46.0 dB (the error is 0.5% of the signal), on 1 batch"),
+        (
+            {"sqnr_db": 46.0, "variation_db": 9.0},
+            "outputs keep 46.0 dB (the error is 0.5% of the signal), on 1 batch",
+        ),
     ],
 )
 def test_verdicts(change: dict[str, Any], verdict: str) -> None:
     found = msgspec.structs.replace(Difference("y", 20.0, 0.99, 0.1, 0.01, math.nan, 8, 0, 0, 0), **change)
     lines = comparison_tables(Comparison((found,), (), (), 1, Optimization.ALL))
     assert lines[0].plain == verdict
-    assert ("warning" in lines[1].plain) == ("nonfinite" in change or "mismatched_batches" in change)
+    told = {"nonfinite", "mismatched_batches", "variation_db"}
+    assert ("warning" in lines[1].plain) == bool(told & change.keys())
+
+
+def test_layers_that_were_not_found_are_named() -> None:
+    found = Difference("y", 20.0, 0.99, 0.1, 0.01, math.nan, 8, 0, 0, 0)
+    missing = tuple(f"layer{number}" for number in range(14))
+    lines = [line.plain for line in comparison_tables(Comparison((found,), (), missing, 1, Optimization.ALL))]
+    start = lines.index("14 layers without a counterpart of that name")
+    assert lines[start + 1 :] == [*(f"  {name}" for name in missing[:12]), "  ... and 2 more: --json lists them all"]
 
 
 def test_comparison_of_layers(qonnx_: Qonnx, folder: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from qonnx.comparison import _CHUNK, GROUP_BYTES, Difference, compare, difference
+from qonnx.comparison import _CHUNK, GROUP_BYTES, Difference, compare, difference, mostly_constant
 from qonnx.errors import DataError, ModelError
 from qonnx.runtime import Optimization
 
@@ -170,6 +170,54 @@ def test_shapes_that_depend_on_the_data_do_not_crash() -> None:
     assert output.mismatched_batches == 1
     assert output.elements == 4
     assert output.sqnr_db == math.inf
+
+
+@given(
+    arrays.arrays(np.float32, (12, 2, 4), elements=st.floats(-100, 100, width=32)),
+    st.lists(st.integers(1, 11), max_size=3, unique=True),
+)
+@settings(max_examples=30, deadline=None)
+def test_what_differs_between_samples_is_measured_for_itself(x: Any, cuts: list[int]) -> None:
+    signature = "(float[n, 2, 4] x) => (float[n, 2, 4] y)"
+    reference, candidate = graph("y = Identity(x)", signature), graph("y = Round(x)", signature)
+    parts = np.split(x, sorted(cuts))
+    found = only(compare(reference, candidate, parts).outputs).variation_db
+    noise = np.sum(np.square(x - np.round(x), dtype=np.float64))
+    power = np.var(x.astype(np.float64), axis=0, ddof=1).sum() * len(x)
+    if noise == 0:
+        assert math.isnan(found)
+    elif (x == x[0]).all():
+        assert found == -math.inf
+    elif power > 1e-6:
+        assert found == pytest.approx(10 * np.log10(power / noise), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [np.ones((1, 4), np.float32)],  # one sample
+        [np.full((2, 4), 3e38, np.float32)],  # becomes infinite
+        [np.ones((2, 4), np.float32), np.ones((2, 3), np.float32)],  # other axes change
+    ],
+)
+def test_what_differs_between_samples_is_not_always_known(samples: list[Any]) -> None:
+    signature = "(float[n, m] x) => (float[n, m] y)"
+    models = [graph(f"y = Mul(x, {name})", signature, "<float a = {2.0}, float b = {3.0}>") for name in "ab"]
+    assert math.isnan(only(compare(models[0], models[1], samples).outputs).variation_db)
+
+
+@pytest.mark.parametrize(
+    ("offset", "words"),
+    [(0.0, ""), (2.0, ""), (100.0, "almost the same for every sample: it keeps"), (1e6, "but for rounding")],
+)
+def test_a_figure_about_what_all_samples_have_in_common_is_called_out(offset: float, words: str) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 4)).astype(np.float32)
+    noise = rng.standard_normal(4).astype(np.float32) * np.float32(max(0.3, offset * 1e-4))
+    weights = f"<float o = {{{offset}}}, float[4] e = {{{', '.join(map(str, offset + noise))}}}>"
+    found = only(compare(graph("y = Add(x, o)", weights=weights), graph("y = Add(x, e)", weights=weights), [x]).outputs)
+    assert words in mostly_constant(found)
+    assert bool(words) == bool(mostly_constant(found))
 
 
 def test_nan_of_the_candidate_is_called_out() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 
 from qonnx.errors import DependencyError, ExportError, OutputError
 from qonnx.exporter import OPSETS, check, export, export_from, inputs, load_factory, load_huggingface
+from qonnx.exporter.export import _root_cause
 from qonnx.graph import module_path
 
 
@@ -661,3 +662,8 @@ def test_attention_with_a_position_bias(tmp_path: Path, dynamic_shapes: dict[str
 
     path = export(Biased(), (torch.randn(2, 5, 8),), tmp_path / "model.onnx", dynamic_shapes=dynamic_shapes)
     assert "MatMul" in {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_an_operator_of_transformers_has_a_switch() -> None:
+    error = RuntimeError("No ONNX function found for <OpOverload(op='transformers.grouped_mm_fallback', overload='')>")
+    assert _root_cause(error).endswith("call module.set_experts_implementation('batched_mm') before")

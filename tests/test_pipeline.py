@@ -1,6 +1,7 @@
 """The one call: what it writes, what it says, and what it refuses."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import onnx_ir as ir
 import pytest
 
 import qonnx
+from qonnx.comparison import Comparison, Difference
 from qonnx.errors import DataError, ModelError, OutputError, QonnxError, TargetError
 from qonnx.graph import load, save
-from qonnx.runtime import Session, session
+from qonnx.result import by_default
+from qonnx.runtime import Optimization, Session, session
 from qonnx.smooth_choice import smoothed
 from tests.graphs import model_of
 
@@ -65,7 +68,40 @@ def test_a_file_that_is_not_fully_optimized_is_told(towers: int, tmp_path: Path)
     stream = [{**batch, "x2": 2 * batch["x"]} for batch in data()]
     result = qonnx.quantize(tmp_path / "model.onnx", stream, tmp_path / "q.onnx", target="a800")
     assert len(result.plan.quantized_layers) == towers
-    assert any("basic optimizations" in note for note in result.notes) == (towers == 2)
+    notes = [note for note in result.notes if "basic optimizations" in note]
+    assert len(notes) == towers - 1
+    assert all("existing tensor" in note and "leave out session.x64quantprecision" in note for note in notes)
+
+
+@pytest.mark.parametrize(("target", "told"), [("ort-cpu", True), ("a800", False)])
+def test_what_a_session_with_default_options_makes_of_the_file(target: str, told: bool, tmp_path: Path) -> None:
+    """It pads with the lowest number what the graph pads with zeros, where all are negative."""
+    text = (
+        "g (float[n,4,8,8] x, float[16,4,3,3] w) => (float[n,16,3,3] y) <int64[8] p = {0,0,1,1,0,0,1,1}, "
+        "float b = {-9}> { [conv] c = Conv(x, w) a = Add(c, b) d = Pad(a, p) "
+        "y = MaxPool <kernel_shape = [3,3], strides = [3,3]> (d) }"
+    )
+    model = model_of(text, weights="w")
+    rng = np.random.default_rng(0)
+    stream = [{"x": rng.standard_normal((8, 4, 8, 8)).astype(np.float32)} for _ in range(10)]
+    result = qonnx.quantize(model, stream, tmp_path / "q.onnx", target=target)
+    notes = [note for note in result.notes if "default options" in note]
+    assert bool(notes) == told
+    assert all("disabled_optimizers=['WeightBiasQuantization', 'Pad_Fusion']" in note for note in notes)
+
+
+def test_default_options_are_told_of_where_they_cost_something() -> None:
+    def measured(*ratios: float) -> Comparison:
+        found = [Difference(name, db, 1, 0, 0, math.nan, 8, 0, 0, 0) for name, db in zip("abc", ratios, strict=False)]
+        return Comparison(tuple(found), (), (), 1, Optimization.ALL)
+
+    (note,) = by_default(measured(40, 30, math.nan), measured(20, 15.04, math.nan))
+    assert note.startswith(
+        "in a session with ONNX Runtime's default options, output b keeps 15.0 dB on this CPU, not 30.0"
+    )
+    assert by_default(measured(40, 30), measured(39.5, 31)) == ()
+    (note,) = by_default(measured(40), ModelError("q.onnx: ..."))
+    assert note.startswith("a session with ONNX Runtime's default options refuses this file: set session.x64quant")
 
 
 def test_smoothing_is_chosen_on_half_of_what_is_held_back(

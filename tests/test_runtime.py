@@ -365,3 +365,38 @@ def test_a_missing_onnxruntime_is_a_dependency_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(DependencyError, match=r"pip install 'qonnx-pipeline\[cpu\]'"):
         open_text("g (float[2] x) => (float[2] y) { y = Neg(x) }")
+
+
+PADDED = (
+    "g (float[1,1,4,4] x) => (float[1,1,2,2] y) <int64[8] p = {0,0,1,1,0,0,1,1}> "
+    "{ padded = Pad(x, p) y = MaxPool <kernel_shape = [3,3], strides = [2,2]> (padded) }"
+)
+
+
+def test_zeros_in_front_of_a_maxpool_stay_zeros() -> None:
+    """ONNX Runtime lets the MaxPool pad instead, which takes no part in a maximum of negative numbers."""
+    x = -np.ones((1, 1, 4, 4), np.float32)
+    assert open_text(PADDED).run({"x": x})["y"].reshape(-1).tolist() == [0, 0, 0, -1]
+
+
+def test_default_options_are_those_of_onnx_runtime() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 1, 4, 4)).astype(np.float32) - 3
+    model = ir.from_onnx_text(f"{HEADER} {PADDED}")
+    native = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    found = session(model, default_options=True).run({"x": x})["y"]
+    np.testing.assert_array_equal(found, native.run(None, {"x": x})[0])
+
+
+def test_why_a_graph_was_optimized_less_is_known() -> None:
+    text = (
+        "g (float[n,4] x, float[n,4] z) => (float[n,4] y, float[n,4] v) "
+        "<float s = {0.1}, int8 o = {0}, int8[4,4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}> { "
+        "q = QuantizeLinear(x, s, o) d = DequantizeLinear(q, s, o) p = QuantizeLinear(z, s, o) "
+        "e = DequantizeLinear(p, s, o) f = DequantizeLinear(w, s, o) y = MatMul(d, f) v = MatMul(e, f) }"
+    )
+    opened = open_text(text)
+    assert (opened.optimization is Optimization.ALL) == (opened.refusal == "")
+    if opened.refusal:
+        assert "Attempt to replace the existing tensor" in opened.refusal
+    assert open_text(text, optimize=False).refusal == ""

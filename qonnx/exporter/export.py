@@ -276,7 +276,10 @@ def _root_cause(error: BaseException) -> str:
         text = f"forward branches on the values of a tensor{place}"
         return f"{text}; compute both sides and choose with torch.where, or use torch.cond"
     if operator := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", text):
-        return f"ONNX has no counterpart of {operator[1]}; rewrite that call with elementary torch operations"
+        remedy = "rewrite that call with elementary torch operations"
+        if operator[1].startswith("transformers.grouped_mm"):
+            remedy = "call module.set_experts_implementation('batched_mm') before"
+        return f"ONNX has no counterpart of {operator[1]}; {remedy}"
     advice = "torch.export.export(module, args) shows the whole trace"
     if translated := re.search(r"target=torch\.ops\.([\w.]+)", _chain(error)):
         text = f"{translated[1]}: {text}"
