@@ -38,6 +38,7 @@ from qonnx.sensitivity import LayerCost, layer_costs, most_costly
 from qonnx.statistics import Statistics
 from qonnx.stored_weights import with_stored_weights
 from qonnx.targets import Target
+from qonnx.text import count
 from qonnx.weight_rounding import Rounded, asks_for_data, round_weights
 
 # At most one layer in so many is left in float to reach the recipe's goal, and always one.
@@ -128,6 +129,7 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
     costs: tuple[LayerCost, ...] = ()
     best: Attempt | None = None
     kept: Rounded | None = None  # its codes
+    notes: tuple[str, ...] = ()
     while True:
         plan = make_plan(job.prepared, statistics, ranges, job.recipe, job.target, leave)
         plan = msgspec.structs.replace(plan, smoothing=job.smoothing)
@@ -147,11 +149,21 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
         allowed = max(1, len(plan.layers) // _LARGEST_SHARE_LEFT) - len(leave) + len(job.leave)
         more = most_costly(remaining, latest.sqnr_db, goal, allowed)
         if not more:
+            notes = (_missed(goal, len(leave) - len(job.leave), allowed),)
             break
         leave |= {cost.node: f"quantized alone, it leaves {cost.sqnr_db:.1f} dB of the output" for cost in more}
     if best is not latest:
         best = write(job, best.plan, kept)
-    return replace(best, costs=costs)
+    return replace(best, costs=costs, notes=(*best.notes, *notes))
+
+
+def _missed(goal: float, left: int, allowed: int) -> str:
+    """Why no more layers are left in float, although the outputs keep less than was wanted where choices are made."""
+    why = f"one in {_LARGEST_SHARE_LEFT} at most is" if allowed <= 0 else "no other layer costs anything alone"
+    return (
+        f"{count(left, 'layer')} left in float did not reach {goal:g} dB (goal_sqnr_db and {_GOAL_MARGIN_DB:g} more), "
+        f"and {why}: skip more by rules, or leave activations in float (recipe w8)"
+    )
 
 
 def only_attempt(job: Job) -> Attempt:

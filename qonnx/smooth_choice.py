@@ -243,11 +243,15 @@ def _with_nodes(
     changed = apply(model, found.plans)
     would = outputs_keep(changed, trial_plan(changed, recipe, target, sample), choose)
     gain = _gain(keeps, would)
-    if gain >= (_WORTH_NODES_BETWEEN_INTEGERS_DB if target.quantize_outputs else _WORTH_NODES_DB):
+    worth = _WORTH_NODES_BETWEEN_INTEGERS_DB if target.quantize_outputs else _WORTH_NODES_DB
+    if gain >= worth:
         reports = tuple(report for report in found.reports if report.method)  # the others were told before
         note = f"{found.words(verb)}: the outputs keep {gain:.1f} dB more"
         return replace(before.then(changed, found.plans, reports, note), keeps_db=would)
-    note = f"not {verb} with {found.nodes} nodes at run time: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
+    note = (
+        f"not {verb} with {found.nodes} nodes at run time: the outputs would keep {abs(gain):.1f} dB {_more(gain)}, "
+        f"and {worth:g} are what nodes must gain"
+    )
     return replace(before, notes=(*before.notes, note))
 
 

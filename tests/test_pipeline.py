@@ -225,6 +225,9 @@ def test_without_the_fallback_it_warns_and_names_the_layer(tmp_path: Path) -> No
     unreachable = qonnx.quantize(spoiled_model(), data(), output, settings=[*settings, "goal_sqnr_db=90"])
     assert any("measure the task" in warning for warning in unreachable.warnings)
     assert unreachable.costs[0].node == "bad"
+    (note,) = (note for note in unreachable.notes if "did not reach" in note)
+    assert "left in float did not reach 90.25 dB (goal_sqnr_db and 0.25 more), and one in 4 at most is" in note
+    assert not any("did not reach" in note for note in silent.notes)
     assert len(unreachable.plan.float_layers) <= max(1, len(unreachable.plan.layers) // 4)
 
 
