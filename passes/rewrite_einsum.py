@@ -5,14 +5,15 @@ the result), left and right (in one operand and in the result). Transposed to
 
     [batch ..., left ..., summed] x [batch ..., summed, right]
 
-it is a MatMul. A constant operand without batch letters is put right, and in memory [summed, right], by rewriting the
-constant; where it has several letters in a group, those of the other operand are joined by Reshape.
+it is a MatMul, which repeats the second operand over letters left but the last one: these go in front of the batch. A
+constant operand without batch letters is put right, and in memory [summed, right], by rewriting the constant; where it
+has several letters in a group, those of the other operand are joined by Reshape.
 
 Leaves alone
 
 * one operand, or more than two; an ellipsis; a letter twice in one operand; a letter summed over in one operand alone;
 * no summed letter: an outer or an elementwise product;
-* two activations with more than one letter, or none, in the group left, right or summed;
+* two activations, or a constant with batch letters: more than one letter right or summed, or none in a group;
 * sizes that are known and differ, which would be broadcast.
 """
 
@@ -48,13 +49,13 @@ class _Product:
     """A matrix product in letters.
 
     Attributes:
-        left: the first operand, an activation.
-        right: the second, a constant where there is one.
+        left: the first operand.
+        right: the second, a constant without batch letters where there is one.
         left_term: the letters of the first operand.
         right_term: those of the second.
         result: those of the result.
         batch: letters of both operands and the result.
-        rows: letters of the first operand and the result.
+        rows: letters of the first operand and the result; the second is repeated over all but the last of them.
         summed: letters of both operands alone, in the order of the first.
         columns: letters of the second operand and the result, in the order of the result.
         sizes: of the letters of a constant operand; empty for two activations.
@@ -88,7 +89,9 @@ def _product(node: ir.Node) -> _Product | None:
     if set(result) | set(summed) != set(left_term) | set(right_term) or not summed:
         return None
     constant = is_initializer(right) and not batch and right.shape is not None
-    if not constant and not len(rows) == len(columns) == len(summed) == 1:
+    if not constant and len(rows) == 1 < len(columns):  # what is repeated stands on the right
+        left, right, left_term, right_term, rows, columns = right, left, right_term, left_term, columns, rows
+    if not constant and not (rows and len(columns) == len(summed) == 1):
         return None
     sizes = dict(zip(right_term, right.shape.numpy(), strict=True)) if constant and right.shape is not None else {}
     return _Product(left, right, left_term, right_term, result, batch, rows, summed, columns, sizes)
@@ -136,7 +139,8 @@ def _rewrite(node: ir.Node, product: _Product, names: Names) -> None:
         shape = ir.tensor(np.array(sizes, np.int64), name=names.fresh(f"{node.name}_shape"))
         return add("Reshape", [value, _initializer(node, shape)])
 
-    left = arranged(product.left, product.left_term, product.batch + product.rows + product.summed)
+    outer = product.rows[:-1] + product.batch + product.rows[-1:]
+    left = arranged(product.left, product.left_term, outer + product.summed)
     if product.sizes:
         if len(product.summed) > 1:
             left = reshaped(left, [0] * len(product.rows) + [_size(product, product.summed)])
@@ -146,7 +150,7 @@ def _rewrite(node: ir.Node, product: _Product, names: Names) -> None:
     result = add("MatMul", [left, right], name=node.name or names.fresh("Einsum"))
     if product.sizes and len(product.columns) != 1:
         result = reshaped(result, [0] * len(product.rows) + [product.sizes[letter] for letter in product.columns])
-    result = arranged(result, product.batch + product.rows + product.columns, product.result)
+    result = arranged(result, outer + product.columns, product.result)
     graph = node.graph
     assert graph is not None
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, [result])

@@ -46,6 +46,12 @@ def einsum(equation: str, *, constant: str = "", sizes: dict[str, object] | None
         ("bihd,bjhd->bhij", "", ["MatMul", "Transpose", "Transpose"]),
         ("bhij,bjhd->bihd", "", ["MatMul", "Transpose", "Transpose"]),
         ("id,dj->ij", "", ["MatMul"]),
+        ("besd,edk->besk", "w", ["MatMul"]),  # an expert each
+        ("bsed,edk->bsek", "w", ["MatMul", "Transpose", "Transpose"]),
+        ("edk,bsed->bsek", "x", ["MatMul", "Transpose", "Transpose"]),
+        ("bhid,hjd->bhij", "", ["MatMul", "Transpose"]),  # keys that all samples share
+        ("hjd,bhid->bhij", "", ["MatMul", "Transpose"]),
+        ("hjd,bhid->bhji", "", ["MatMul", "Transpose", "Transpose"]),
     ],
 )
 def test_products(equation: str, constant: str, operators: list[str]) -> None:
