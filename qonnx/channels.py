@@ -105,7 +105,7 @@ def arranged(axes: Sequence[int], index: Indices) -> Channels:
             index = first.squeeze(dimension)
         else:
             kept.append(axis)
-    return Channels(tuple(kept), np.ascontiguousarray(index))
+    return Channels(tuple(kept), np.asarray(index, order="C"))  # ascontiguousarray would give 0 dimensions one
 
 
 def regrouped(before: Sequence[Size], after: Sequence[Size], channels: Channels) -> Channels:

@@ -652,5 +652,27 @@ def test_float16_behind_a_cast() -> None:
     assert summary(rescale_everything(prepared(text, WEIGHTS), rtol=3e-3)) == [(Kind.NORM, ["w1"], True)]
 
 
+@pytest.mark.parametrize(
+    ("rest", "result"),
+    [
+        ("s = Squeeze(p, last) y = Transpose <perm = [1, 0]> (s)", "A,B"),  # answers to questions begin and end so
+        ("s = Squeeze(p, last) u = Unsqueeze(s, last) y = MatMul(u, w2)", "A,B,C"),
+        ("r = Reshape(p, flat) y = MatMul(r, w2)", "A,B"),
+        ("c = Concat <axis = -1> (q, p) y = MatMul(c, w1)", "A,B,C"),
+        ("t = Transpose <perm = [2, 1, 0]> (p) y = MatMul(t, w3)", "A,B,C"),
+        ("e = Expand(p, wide) y = MatMul(e, w1)", "A,B,C"),
+        ("m = Mul(p, x) y = MatMul(m, w)", "A,B,C"),
+    ],
+)
+def test_one_channel_alone(rest: str, result: str) -> None:
+    """Its number depends on no axis any more."""
+    text = (
+        f"g (float[2,N,8] x, float[8,2] wk, float[8,3] w, float[2,4] w1, float[1,4] w2, float[2,5] w3)"
+        f"=> (float[{result}] y) <int64[1] last = {{-1}}, int64[2] flat = {{-1, 1}}, int64[3] wide = {{1, 1, 2}}> "
+        f"{{ h = MatMul(x, wk) p, q = Split <axis = -1, num_outputs = 2> (h) {rest} }}"
+    )
+    rescale_everything(prepared(text, WEIGHTS), check=False)
+
+
 def test_a_graph_without_groups() -> None:
     assert find_groups(prepared("g (float[3] x) => (float[3] y) { y = Exp(x) }", "")) == ()
