@@ -177,7 +177,7 @@ def _gather(node: ir.Node, position: int, channels: Channels) -> Step:
     index = channels.index.take(picked.reshape(-1), axis=dimension)
     if added == 0:
         return _same(node, arranged(moved, index))
-    rest = [other for other in moved if other != axis]
+    rest = [new for old, new in zip(channels.axes, moved, strict=True) if old != axis]
     return _same(node, arranged(rest, index.squeeze(dimension)))
 
 
