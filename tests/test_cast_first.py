@@ -1,0 +1,67 @@
+"""A Cast from uint8 comes before what moves the data, as TensorRT has no other operator that reads uint8."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qonnx
+from qonnx.passes.cast_first import CastFirst
+from qonnx.passes.infer_shapes import InferShapes
+from tests.graphs import model_of
+from tests.helpers import apply, leave_alone
+
+IMAGE = {"x": np.random.default_rng(0).integers(0, 256, (2, 6, 6, 3), dtype=np.uint8)}
+SIZES = "int64[2] flat = {2, 108}, int64[1] zero = {0}, int64[1] four = {4}, int64[1] one = {1}"
+TRANSPOSED = "t = Transpose <perm = [0, 3, 1, 2]> (x)"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "operators"),
+    [
+        (f"{TRANSPOSED} y = Cast <to = 1> (t) f = Relu(y)", ["Cast", "Transpose", "Relu"]),
+        ("r = Reshape(x, flat) c = Cast <to = 10> (r) f = Cast <to = 1> (c)", ["Cast", "Reshape", "Cast"]),
+        (
+            f"{TRANSPOSED} s = Slice(t, zero, four, one) i = Identity(s) c = Cast <to = 1> (i) f = Neg(c)",
+            ["Cast", "Transpose", "Slice", "Identity", "Neg"],
+        ),
+        (
+            f"{TRANSPOSED} a = Cast <to = 1> (t) b = Cast <to = 1> (t) f = Mul(a, b)",
+            ["Cast", "Transpose", "Mul"],
+        ),
+    ],
+)
+def test_moved_up(nodes: str, operators: list[str]) -> None:
+    rank = "A,B" if "Reshape" in nodes else "A,B,C,D"
+    model = model_of(f"g (uint8[2,6,6,3] x) => (float[{rank}] f) <{SIZES}> {{ {nodes} }}")
+    InferShapes()(model)
+    assert apply(CastFirst(), model, IMAGE) == operators
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        f"{TRANSPOSED} f = Cast <to = 1> (t)",  # the result of the model
+        f"{TRANSPOSED} a = Cast <to = 1> (t) b = Cast <to = 10> (t) c = Cast <to = 1> (b) f = Mul(a, c)",
+        f"{TRANSPOSED} a = Cast <to = 1> (t) m = ReduceMax(t) b = Cast <to = 1> (m) f = Mul(a, b)",
+        "c = Cast <to = 1> (x) t = Transpose(c) a = Cast <to = 10> (t) f = Cast <to = 1> (a)",  # not uint8
+    ],
+)
+def test_leaves_alone(nodes: str) -> None:
+    model = model_of(f"g (uint8[2,6,6,3] x) => (float[A,B,C,D] f) <{SIZES}> {{ {nodes} }}")
+    InferShapes()(model)
+    leave_alone(CastFirst(), model)
+
+
+def test_an_image_in_uint8_makes_an_engine(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    model = model_of(
+        "g (uint8[2,16,16,16] x, float[16,16,3,3] w) => (float[2,16,14,14] y) <float s = {0.01}> "
+        f"{{ {TRANSPOSED} c = Cast <to = 1> (t) m = Mul(c, s) y = Conv(m, w) }}",
+        weights="w",
+    )
+    rng = np.random.default_rng(0)
+    batches = [{"x": rng.integers(0, 256, (2, 16, 16, 16), dtype=np.uint8)} for _ in range(8)]
+    qonnx.quantize(model, batches, tmp_path / "q.onnx")
+    report = qonnx.build_engine(tmp_path / "q.onnx", tmp_path / "q.plan")
+    assert report.layers
