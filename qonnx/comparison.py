@@ -57,7 +57,7 @@ class Difference(msgspec.Struct, frozen=True):
         op: for a layer, the operator of that node.
         variation_db: for an output, the same as `sqnr_db` of what differs between samples alone, x - mean x; the mean
             is that of each position over the first axis. -inf where all samples are equal; nan where the other axes
-            change, with one sample, and where the two models do not differ.
+            change, and with one sample.
     """
 
     name: str
@@ -174,10 +174,21 @@ def difference(name: str, reference: Array, candidate: Array) -> Difference:
     return sums.result(name)
 
 
-def mostly_constant(output: Difference) -> str:
-    """A warning of an output whose figure is about what all samples have in common; "" where it is not."""
-    if not output.variation_db < min(_LITTLE_DB, output.sqnr_db - _MOSTLY_CONSTANT_DB):  # it may be nan
-        return ""
+def mostly_constant(outputs: Sequence[Difference]) -> tuple[str, ...]:
+    """Warnings of outputs whose figures are about what all samples have in common.
+
+    Not of one among several that is computed exactly: the positions of anchors, for example.
+    """
+    constant = all(output.variation_db == -math.inf for output in outputs)
+    return tuple(
+        _common(output)
+        for output in outputs
+        if output.variation_db < min(_LITTLE_DB, output.sqnr_db - _MOSTLY_CONSTANT_DB)
+        and (constant or output.sqnr_db < math.inf)
+    )
+
+
+def _common(output: Difference) -> str:
     if output.variation_db < 0:
         return (
             f"output {output.name} is the same for every sample, but for rounding: its {output.sqnr_db:.1f} dB say "
@@ -258,9 +269,11 @@ class _Sums:
 
     def _variation_db(self) -> float:
         power = self.variation.power() if self.variation is not None else None
-        if power is None or self.noise == 0:
+        if power is None:
             return math.nan
-        return 10 * math.log10(power / self.noise) if power > 0 else -math.inf
+        if power <= 0:
+            return -math.inf
+        return 10 * math.log10(power / self.noise) if self.noise > 0 else math.inf
 
     def _sqnr_db(self) -> float:
         if not self.real or not self.elements:  # nothing to compare, perhaps because the candidate is all NaN
@@ -298,9 +311,10 @@ class _Variation:
         if output.shape[1:] != self._first.shape:
             self.known = False
             return
-        for sample in output:  # less the first one, so that what is constant is 0
-            offset = _float64(sample) - self._first
-            self._sum += offset
+        samples = max(1, _CHUNK // self._first.size)
+        for start in range(0, len(output), samples):  # less the first one, so that what is constant is 0
+            offset = _float64(output[start : start + samples]) - self._first
+            self._sum += offset.sum(axis=0)
             self.squares += float(np.square(offset).sum())
         self.rows += len(output)
 

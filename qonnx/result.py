@@ -96,13 +96,11 @@ def warnings_of(
                 f"output {output.name} keeps only {output.sqnr_db:.1f} dB (the goal is {recipe.goal_sqnr_db:g} dB): "
                 "measure the task before you use this file" + listed
             )
-        elif constant := mostly_constant(output):
-            warnings.append(constant)
         if output.agreement < 1:
             warnings.append(f"output {output.name}: {1 - output.agreement:.2%} of its integers differ")
         if output.mismatched_batches:
             warnings.append(f"output {output.name}: its shape differs in {output.mismatched_batches} batches")
-    warnings += filter(None, known)
+    warnings += (*mostly_constant(comparison.outputs), *filter(None, known))
     if calibrated and len(held.kept) == 1 and not held.shared:
         warnings.append("one batch was held back, on which choices were made too: give six batches or more")
     return tuple(warnings)

@@ -155,7 +155,7 @@ def comparison_tables(comparison: Comparison) -> list[Text]:
         for entry in comparison.outputs
         if entry.mismatched_batches
     )
-    lines += warning_lines(filter(None, map(mostly_constant, comparison.outputs)))
+    lines += warning_lines(mostly_constant(comparison.outputs))
     lines += [Text(), *differences(comparison.outputs)]
     if comparison.layers:
         lines += [Text(), Text("layers in network order; errors add up on the way", TITLE)]
