@@ -558,6 +558,12 @@ def test_example_inputs_follow_the_configuration(tmp_path: Path) -> None:
     assert {name: tuple(value.shape) for name, value in args.items()} == {"pixel_values": (2, 3, 8, 16)}
     assert dynamic_shapes == {"pixel_values": {0: "batch"}}
 
+    config = transformers.VideoMAEConfig(**small, image_size=16, patch_size=8, num_frames=4)
+    transformers.VideoMAEModel(config).save_pretrained(tmp_path / "video")
+    _, args, _ = load_huggingface(tmp_path / "video")
+    assert isinstance(args, dict)
+    assert args["pixel_values"].shape == (2, 4, 3, 16, 16)
+
     sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
     heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
     tokens = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"], 1)

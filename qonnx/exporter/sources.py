@@ -87,9 +87,10 @@ def load_huggingface(directory: str | os.PathLike[str]) -> Source:
     which can be quantized. Nothing is fetched, and no code from the directory runs.
 
     Text models get `input_ids`, `attention_mask` (one row padded) and, if they tell segments apart, `token_type_ids`;
-    batch and sequence are dynamic. Image models get `pixel_values`; the batch is dynamic. Audio models get
-    `input_values`; batch and samples are dynamic. Those that read a spectrogram of a fixed length, as Whisper does, get
-    `input_features`; the batch is dynamic. Encoders with a decoder get `decoder_input_ids`, too.
+    batch and sequence are dynamic. Image models get `pixel_values`, with an axis for frames if they look at videos; the
+    batch is dynamic. Audio models get `input_values`; batch and samples are dynamic. Those that read a spectrogram of a
+    fixed length, as Whisper does, get `input_features`; the batch is dynamic. Encoders with a decoder get
+    `decoder_input_ids`, too.
 
     Raises:
         ExportError: the directory holds no model that transformers can load, weights are missing, or the model takes
@@ -192,7 +193,9 @@ def _image(config: Any) -> torch.Tensor:
     config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return _noise(BATCH, getattr(config, "num_channels", 3), height, width)
+    patched = hasattr(config, "patch_size") or hasattr(config, "tubelet_size")  # Perceiver has frames, and reads images
+    frames = [config.num_frames] if hasattr(config, "num_frames") and patched else []
+    return _noise(BATCH, *frames, getattr(config, "num_channels", 3), height, width)
 
 
 def _noise(*shape: int) -> torch.Tensor:
