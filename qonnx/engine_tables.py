@@ -122,7 +122,7 @@ def roofline_tables(result: Roofline, unprofitable: Mapping[str, str], layers: b
             "the whole peak or bandwidth, fused element-wise operators, free launches: real kernels are slower",
         ),
     ]
-    lines += [Text(), *columns(facts, right=0), *(Text(f"note: {note}") for note in result.notes)]
+    lines += [Text(), *columns(facts, right=0, sentences=True), *(Text(f"note: {note}") for note in result.notes)]
     ordered = sorted(result.layers, key=lambda layer: -layer.work[Variant.FP16].seconds(device))
     shown = ordered if layers else ordered[:MOST]
     rows = [("FLOP/B", "bound", *(f"{variant} us" for variant in variants), "")]

@@ -66,7 +66,7 @@ def result_tables(result: Result) -> list[Text]:
         ("time", stages),
         *(("graph", note) for note in result.notes),
     ]
-    lines += [Text(), *columns([fact for fact in facts if fact[1]], right=0)]
+    lines += [Text(), *columns([fact for fact in facts if fact[1]], right=0, sentences=True)]
     if result.comparison.outputs:
         lines += [Text(), *differences(result.comparison.outputs)]
     if result.costs and result.warnings:

@@ -44,8 +44,14 @@ def nonfinite(entry: Difference) -> bool:
     return entry.nonfinite > entry.nonfinite_reference
 
 
-def columns(rows: Sequence[tuple[str, ...]], right: int) -> list[Text]:
-    """Columns under one another, the first `right` of them flush right; the last is as long as it likes."""
+def columns(rows: Sequence[tuple[str, ...]], right: int, *, sentences: bool = False) -> list[Text]:
+    """Columns under one another, the first `right` of them flush right; the last is as long as it likes.
+
+    Args:
+        rows: the cells of each line.
+        right: how many columns are flush right.
+        sentences: the last column holds sentences, which a terminal may fold.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)] if rows else []
     lines = []
     for row in rows:
@@ -53,7 +59,8 @@ def columns(rows: Sequence[tuple[str, ...]], right: int) -> list[Text]:
             cell.rjust(width) if column < right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=False))
         ]
-        lines.append(line("  ".join([*cells, row[-1]]).rstrip()))
+        text = "  ".join([*cells, row[-1]]).rstrip()
+        lines.append(Text(text) if sentences else line(text))
     return lines
 
 

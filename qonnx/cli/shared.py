@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -115,13 +116,15 @@ def show(lines: Iterable[Text]) -> None:
 
 
 def _wrapped(line: Text, console: Console) -> Iterator[Text]:
-    """Broken between words, the following lines further in than the first."""
+    """Broken between words, the following lines further in than the first; where columns precede, under the last."""
     from rich.text import Text
 
-    text = line.plain.lstrip()
-    indent = " " * (len(line.plain) - len(text))
-    for number, part in enumerate(Text(text, line.style).wrap(console, max(console.width - len(indent) - 2, 20))):
-        yield Text(indent + ("  " if number else ""), line.style).append_text(part)
+    column = re.match(r"\S.{0,12}? {2,}", line.plain)
+    text = line.plain[column.end() :] if column else line.plain.lstrip()
+    first = line.plain[: len(line.plain) - len(text)]
+    indent = " " * (len(first) if column else len(first) + 2)
+    for number, part in enumerate(Text(text, line.style).wrap(console, max(console.width - len(indent), 20))):
+        yield Text(indent if number else first, line.style).append_text(part)
 
 
 def suggest(*words: str | Path) -> None:
