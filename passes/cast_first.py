@@ -3,12 +3,14 @@
     Transpose(uint8) -> Cast  ->  Cast(uint8) -> Transpose
 
 Cameras give uint8 in NHWC order. TensorRT takes an input of uint8 that is cast, and has no other operator that reads
-uint8: such a network could be quantized, but no engine could be built of it.
+uint8: such a network could be quantized, but no engine could be built of it. On a CPU it costs time, as more bytes are
+moved then, or cast that are cut off.
 
 Only when
 
 * the data are uint8, and the operator does nothing but move them;
-* everything that reads its result is a Cast to one type, and neither is an output of the graph.
+* everything that reads its result is a Cast to one type that runtimes move as well, and neither is an output of the
+  graph.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import onnx_ir as ir
 
 from qonnx.graph import Names
 
+_TYPES = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT32, ir.DataType.INT64})
 _MOVES = frozenset({"Expand", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
 
@@ -44,7 +47,8 @@ def _casts(node: ir.Node) -> list[ir.Node]:
     result, readers = node.outputs[0], [use.node for use in node.outputs[0].uses()]
     known = ir.DataType.UINT8 in (node.inputs[0].dtype, result.dtype)
     casts = all(reader.op_type == "Cast" and reader.graph is node.graph for reader in readers)
-    if not known or not casts or len({reader.attributes.get_int("to", 0) for reader in readers}) != 1:
+    types = {reader.attributes.get_int("to", 0) for reader in readers}
+    if not known or not casts or len(types) != 1 or not types <= _TYPES:
         return []
     outputs = [result, *(reader.outputs[0] for reader in readers)]
     return [] if any(value.is_graph_output() for value in outputs) else readers
@@ -63,7 +67,8 @@ def _move(node: ir.Node, casts: list[ir.Node], names: Names) -> None:
         metadata_props=dict(first.metadata_props),
     )
     early.outputs[0].name = names.fresh(f"{source.name}_cast")
-    early.outputs[0].shape, early.outputs[0].type = source.shape, ir.TensorType(dtype)
+    early.outputs[0].shape = None if source.shape is None else source.shape.copy()
+    early.outputs[0].type = ir.TensorType(dtype)
     graph.insert_before(node, early)
     node.replace_input_with(0, early.outputs[0])
     result.type = ir.TensorType(dtype)

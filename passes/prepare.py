@@ -23,7 +23,6 @@ from onnx_ir.passes.common import (
 
 from qonnx.errors import ModelError
 from qonnx.graph import all_graphs, first_line, is_float
-from qonnx.passes.cast_first import CastFirst
 from qonnx.passes.expand_fused import EXPANDED_OPSET, FUSED_OPERATORS, ExpandFused, fused_nodes
 from qonnx.passes.fold_batchnorm import FoldBatchNorm
 from qonnx.passes.fold_constants import FoldConstants
@@ -69,7 +68,6 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
         _attempt(InferShapes(), model, notes)
         _attempt(FoldConstants(), model, notes)
     PoolGlobally()(model)
-    CastFirst()(model)
     before = _operators(model)
     RewriteEinsum()(model)
     notes += _listed("wrote", before - _operators(model), "as MatMul")

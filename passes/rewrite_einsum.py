@@ -14,7 +14,8 @@ Leaves alone
 * one operand, or more than two; an ellipsis; a letter twice in one operand; a letter summed over in one operand alone;
 * no summed letter: an outer or an elementwise product;
 * two activations, or a constant with batch letters: more than one letter right or summed, or none in a group;
-* sizes that are known and differ, which would be broadcast.
+* sizes that are known and differ, which would be broadcast. Of sizes that are not known ONNX Runtime's Einsum would
+  broadcast a 1, which MatMul refuses where it is summed over.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def _size(product: _Product, letters: str) -> int:
 def _matrix(node: ir.Node, product: _Product, names: Names) -> ir.Value:
     """The constant operand as [summed, columns]; itself where it is that already."""
     order, tensor = product.summed + product.columns, product.right.const_value
-    if product.right_term == order and len(order) == 2:
+    if product.right_term == order and len(product.summed) == len(product.columns) == 1:
         return product.right
     assert tensor is not None
     axes = [product.right_term.index(letter) for letter in order]

@@ -25,6 +25,7 @@ from qonnx.formats import insert
 from qonnx.graph import FLOAT_REASON, first_line, load, parameters, save
 from qonnx.judged import judged_model
 from qonnx.numerics import Dtype
+from qonnx.passes.cast_first import CastFirst
 from qonnx.passes.drop_bounds import DropBounds
 from qonnx.passes.insert_qdq import InsertQDQ, check_tensor
 from qonnx.placement import candidates, place
@@ -159,10 +160,10 @@ def best_attempt(job: Job, statistics: Statistics) -> Attempt:
 
 def _missed(goal: float, left: int, allowed: int) -> str:
     """Why no more layers are left in float, although the outputs keep less than was wanted where choices are made."""
-    why = f"one in {_LARGEST_SHARE_LEFT} at most is" if allowed <= 0 else "no other layer costs anything alone"
+    why = f"no more than one in {_LARGEST_SHARE_LEFT} may be" if allowed <= 0 else "no other layer costs anything alone"
     return (
-        f"{count(left, 'layer')} left in float did not reach {goal:g} dB (goal_sqnr_db and {_GOAL_MARGIN_DB:g} more), "
-        f"and {why}: skip more by rules, or leave activations in float (recipe w8)"
+        f"{goal:g} dB (goal_sqnr_db and {_GOAL_MARGIN_DB:g} more) were not reached with {count(left, 'layer')} left in "
+        f"float, and {why}: skip more by rules, or leave activations in float (recipe w8)"
     )
 
 
@@ -238,6 +239,8 @@ def write(job: Job, plan: QuantPlan, rounded: Rounded | None = None) -> Attempt:
     quantized = rounded.model.clone()
     insert(quantized, rounded.plan)
     DropBounds()(quantized)
+    if job.target.device is not None:
+        CastFirst()(quantized)
     _stamp(quantized, rounded.plan, job)
     save(quantized, job.file)
     _check_valid(quantized, job.file)

@@ -30,6 +30,9 @@ GROUP_BYTES = 512 * 1024 * 1024
 _MOSTLY_CONSTANT_DB = 10.0
 _LITTLE_DB = 16.0
 
+# Of float32, which has 24 bits, what differs by less than this is rounding.
+_ROUNDING_DB = 100.0
+
 # Elements that are converted to float64 at a time.
 _CHUNK = 1 << 20
 
@@ -57,7 +60,7 @@ class Difference(msgspec.Struct, frozen=True):
         op: for a layer, the operator of that node.
         variation_db: for an output, the same as `sqnr_db` of what differs between samples alone, x - mean x; the mean
             is that of each position over the first axis. -inf where all samples are equal; nan where the other axes
-            change, and with one sample.
+            change, with one sample or samples of more than a million elements, and where one is not a finite float.
     """
 
     name: str
@@ -189,7 +192,7 @@ def mostly_constant(outputs: Sequence[Difference]) -> tuple[str, ...]:
 
 
 def _common(output: Difference) -> str:
-    if output.variation_db < 0:
+    if output.variation_db < output.sqnr_db - _ROUNDING_DB:
         return (
             f"output {output.name} is the same for every sample, but for rounding: its {output.sqnr_db:.1f} dB say "
             "nothing; check the model and the data"

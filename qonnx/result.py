@@ -16,7 +16,7 @@ from qonnx.graph import is_float
 from qonnx.group_report import GroupReport
 from qonnx.plan import QuantPlan
 from qonnx.recipe import Format, Recipe
-from qonnx.runtime import DISABLED_OPTIMIZERS, HONEST_OPTIONS
+from qonnx.runtime import DISABLED_OPTIMIZERS, HONEST_OPTIONS, Optimization
 from qonnx.sensitivity import LayerCost
 from qonnx.text import count
 
@@ -25,6 +25,7 @@ _SHARED = "Attempt to replace the existing tensor"
 
 # Differences that are not worth a word: kernels round in other places.
 _NOTICED_DB = 1.0
+_NOTICED_SHARE = 0.01
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -110,39 +111,47 @@ def loading(comparison: Comparison) -> tuple[str, ...]:
     """What to say of a file that ONNX Runtime could not load as it should."""
     if not comparison.batches or not comparison.refusal:
         return ()
+    level = "basic" if comparison.optimization is Optimization.BASIC else "no"
     shared = (
-        " (layers share a weight, or have equal ones), or leave out session.x64quantprecision=1, without which "
-        "integers are exact on CPUs with VNNI only"
+        ", or leave out session.x64quantprecision=1, without which integers are exact on CPUs with VNNI only (layers "
+        "share a weight, or have equal ones)"
     )
     return (
-        f"ONNX Runtime cannot optimize this file ({comparison.refusal}): it was measured with basic optimizations; in "
-        "your own session set these" + (shared if _SHARED in comparison.refusal else ""),
+        f"ONNX Runtime cannot optimize this file ({comparison.refusal}): it was measured with {level} optimizations; "
+        f"set {comparison.optimization.value} in your own session" + (shared if _SHARED in comparison.refusal else ""),
     )
 
 
 def by_default(measured: Comparison, usual: Comparison | QonnxError) -> tuple[str, ...]:
-    """What to say where the outputs differ in a session in which no option was set, on this CPU.
+    """What to say where the outputs are worse in a session in which no option was set, on this CPU.
 
     Args:
         measured: the quantized model with the options that are set here.
-        usual: the same without, or why it does not load then.
+        usual: the same without, or why it does not run then.
     """
+    if measured.refusal:  # `loading` says what to do
+        return ()
     disabled = ", ".join(map(repr, DISABLED_OPTIMIZERS))
     remedy = (
         f"set {', '.join(f'{key}={value}' for key, value in HONEST_OPTIONS.items())} and disabled_optimizers="
         f"[{disabled}] in yours, as here"
     )
     if isinstance(usual, QonnxError):
-        return (f"a session with ONNX Runtime's default options refuses this file: {remedy}",)
-    pairs = zip(measured.outputs, usual.outputs, strict=True)
+        return (f"a session with ONNX Runtime's default options does not run this file ({usual}): {remedy}",)
+    pairs = list(zip(measured.outputs, usual.outputs, strict=True))
+    where = "in a session with ONNX Runtime's default options, output"
+    if broken := [other.name for ours, other in pairs if other.nonfinite > ours.nonfinite]:
+        return (f"{where} {broken[0]} has values that are not finite on this CPU: {remedy}",)
     worse = [(ours, other) for ours, other in pairs if other.sqnr_db < ours.sqnr_db - _NOTICED_DB]
-    if not worse:
-        return ()
-    ours, other = min(worse, key=lambda pair: pair[1].sqnr_db)
-    return (
-        f"in a session with ONNX Runtime's default options, output {other.name} keeps {other.sqnr_db:.1f} dB on this "
-        f"CPU, not {ours.sqnr_db:.1f}: {remedy}",
-    )
+    if worse:
+        ours, other = min(worse, key=lambda pair: pair[1].sqnr_db)
+        return (f"{where} {other.name} keeps {other.sqnr_db:.1f} dB on this CPU, not {ours.sqnr_db:.1f}: {remedy}",)
+    differ = [(ours, other) for ours, other in pairs if other.agreement < ours.agreement - _NOTICED_SHARE]
+    if differ:
+        ours, other = min(differ, key=lambda pair: pair[1].agreement)
+        kept = f"{other.agreement:.2%} of its integers on this CPU, not {ours.agreement:.2%}"
+        return (f"{where} {other.name} keeps {kept}: {remedy}",)
+    return ()
 
 
 def _slow_convolutions(plan: QuantPlan) -> int:

@@ -208,7 +208,7 @@ def session(
         threads: threads within one operator; 0 lets ONNX Runtime choose.
         device: where the graph runs; inputs and outputs of `run` are in the memory of the CPU.
         optimized: a file to which the graph is written with all weights, as ONNX Runtime rewrote it for this CPU.
-        default_options: leave ONNX Runtime's options as they are: what comes out may depend on the CPU.
+        default_options: leave ONNX Runtime's options as they are, `optimize` too: what comes out may depend on the CPU.
 
     Raises:
         ModelError: the file is missing or damaged, the graph is not valid, or uses what ONNX Runtime lacks.

@@ -36,6 +36,8 @@ def test_moved_up(nodes: str, operators: list[str]) -> None:
     model = model_of(f"g (uint8[2,6,6,3] x) => (float[{rank}] f) <{SIZES}> {{ {nodes} }}")
     InferShapes()(model)
     assert apply(CastFirst(), model, IMAGE) == operators
+    early = model.graph.node(0).outputs[0]
+    assert (early.dtype, early.shape) == (model.graph.node(0).attributes.get_int("to", 0), model.graph.inputs[0].shape)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,10 @@ def test_moved_up(nodes: str, operators: list[str]) -> None:
         f"{TRANSPOSED} a = Cast <to = 1> (t) b = Cast <to = 10> (t) c = Cast <to = 1> (b) f = Mul(a, c)",
         f"{TRANSPOSED} a = Cast <to = 1> (t) m = ReduceMax(t) b = Cast <to = 1> (m) f = Mul(a, b)",
         "c = Cast <to = 1> (x) t = Transpose(c) a = Cast <to = 10> (t) f = Cast <to = 1> (a)",  # not uint8
+        f"{TRANSPOSED} c = Cast <to = 9> (t) d = Cast <to = 1> (c) f = Neg(d)",  # no runtime moves much of bool
+        f"{TRANSPOSED} a = Cast <to = 1> (t) k = ReduceMax(a) l = Cast <to = 9> (k) f = If (l) <"
+        "then_branch = t1 () => (float[A,B,C,D] o) { o = Cast <to = 1> (t) }, "
+        "else_branch = t2 () => (float[A,B,C,D] p) { p = Neg(a) }>",  # read in the body of another node
     ],
 )
 def test_leaves_alone(nodes: str) -> None:

@@ -12,10 +12,11 @@ import onnx_ir as ir
 import pytest
 
 import qonnx
+from qonnx.attempts import _missed
 from qonnx.comparison import Comparison, Difference
 from qonnx.errors import DataError, ModelError, OutputError, QonnxError, TargetError
 from qonnx.graph import load, save
-from qonnx.result import by_default
+from qonnx.result import by_default, loading
 from qonnx.runtime import Optimization, Session, session
 from qonnx.smooth_choice import smoothed
 from tests.graphs import model_of
@@ -68,7 +69,7 @@ def test_a_file_that_is_not_fully_optimized_is_told(towers: int, tmp_path: Path)
     stream = [{**batch, "x2": 2 * batch["x"]} for batch in data()]
     result = qonnx.quantize(tmp_path / "model.onnx", stream, tmp_path / "q.onnx", target="a800")
     assert len(result.plan.quantized_layers) == towers
-    notes = [note for note in result.notes if "basic optimizations" in note]
+    notes = [note for note in result.notes if "basic optimizations; set ORT_ENABLE_BASIC" in note]
     assert len(notes) == towers - 1
     assert all("existing tensor" in note and "leave out session.x64quantprecision" in note for note in notes)
 
@@ -91,17 +92,55 @@ def test_what_a_session_with_default_options_makes_of_the_file(target: str, told
 
 
 def test_default_options_are_told_of_where_they_cost_something() -> None:
-    def measured(*ratios: float) -> Comparison:
-        found = [Difference(name, db, 1, 0, 0, math.nan, 8, 0, 0, 0) for name, db in zip("abc", ratios, strict=False)]
-        return Comparison(tuple(found), (), (), 1, Optimization.ALL)
+    def measured(*ratios: float, nonfinite: int = 0, equal: float = math.nan, refusal: str = "") -> Comparison:
+        found = [
+            Difference(name, db, 1, 0, 0, equal, 8, 0, nonfinite, 0) for name, db in zip("abc", ratios, strict=False)
+        ]
+        return Comparison(tuple(found), (), (), 1, Optimization.BASIC if refusal else Optimization.ALL, refusal)
 
     (note,) = by_default(measured(40, 30, math.nan), measured(20, 15.04, math.nan))
     assert note.startswith(
         "in a session with ONNX Runtime's default options, output b keeps 15.0 dB on this CPU, not 30.0"
     )
     assert by_default(measured(40, 30), measured(39.5, 31)) == ()
-    (note,) = by_default(measured(40), ModelError("q.onnx: ..."))
-    assert note.startswith("a session with ONNX Runtime's default options refuses this file: set session.x64quant")
+    (note,) = by_default(measured(40), ModelError("q.onnx: no kernel"))
+    assert "default options does not run this file (q.onnx: no kernel): set session.x64quantprecision=1" in note
+    (note,) = by_default(measured(40, 30), measured(40, 30, nonfinite=1))
+    assert "output a has values that are not finite" in note
+    assert by_default(measured(40, nonfinite=2), measured(40, nonfinite=2)) == ()
+    (note,) = by_default(measured(math.nan, equal=0.995), measured(math.nan, equal=0.9))
+    assert "output a keeps 90.00% of its integers on this CPU, not 99.50%" in note
+    assert by_default(measured(math.nan, equal=0.995), measured(math.nan, equal=0.99)) == ()
+    assert by_default(measured(40, refusal="equal weights"), measured(20)) == ()  # told by `loading`
+
+
+def test_why_a_file_is_not_optimized_is_told() -> None:
+    def told(refusal: str, level: Optimization, batches: int = 1) -> tuple[str, ...]:
+        return loading(Comparison((), (), (), batches, level, refusal))
+
+    (note,) = told("no kernel", Optimization.BASIC)
+    assert note.endswith(
+        "(no kernel): it was measured with basic optimizations; set ORT_ENABLE_BASIC in your own session"
+    )
+    (note,) = told("Attempt to replace the existing tensor", Optimization.NONE)
+    assert "with no optimizations; set ORT_DISABLE_ALL in your own session, or leave out session.x64quantprec" in note
+    assert told("", Optimization.BASIC) == told("no kernel", Optimization.BASIC, batches=0) == ()
+
+
+def test_an_output_that_does_not_depend_on_the_data_is_warned_of(tmp_path: Path) -> None:
+    """It would be called exact."""
+    text = (
+        "g (float[n,32] x, float[32,64] w) => (float[n,64] y) <float zero = {0}, float[64] b = {"
+        + ", ".join(["1"] * 64)
+        + "}> { h = MatMul(x, w) z = Mul(h, zero) y = Add(z, b) }"
+    )
+    result = qonnx.quantize(model_of(text, weights="w"), data(), tmp_path / "q.onnx")
+    assert any(warning.startswith("output y is the same for every sample") for warning in result.warnings)
+
+
+def test_why_no_more_layers_are_left_in_float() -> None:
+    assert "with 1 layer left in float, and no more than one in 4 may be: skip" in _missed(40, 1, 0)
+    assert "with 2 layers left in float, and no other layer costs anything alone: skip" in _missed(40, 2, 1)
 
 
 def test_smoothing_is_chosen_on_half_of_what_is_held_back(
@@ -225,9 +264,11 @@ def test_without_the_fallback_it_warns_and_names_the_layer(tmp_path: Path) -> No
     unreachable = qonnx.quantize(spoiled_model(), data(), output, settings=[*settings, "goal_sqnr_db=90"])
     assert any("measure the task" in warning for warning in unreachable.warnings)
     assert unreachable.costs[0].node == "bad"
-    (note,) = (note for note in unreachable.notes if "did not reach" in note)
-    assert "left in float did not reach 90.25 dB (goal_sqnr_db and 0.25 more), and one in 4 at most is" in note
-    assert not any("did not reach" in note for note in silent.notes)
+    (note,) = (note for note in unreachable.notes if "were not reached" in note)
+    assert note.startswith(
+        "90.25 dB (goal_sqnr_db and 0.25 more) were not reached with 1 layer left in float, and no more than one in 4"
+    )
+    assert not any("were not reached" in note for note in silent.notes)
     assert len(unreachable.plan.float_layers) <= max(1, len(unreachable.plan.layers) // 4)
 
 

@@ -41,6 +41,7 @@ def einsum(equation: str, *, constant: str = "", sizes: dict[str, object] | None
         ("bhsk,dhk->bsd", "w", ["MatMul", "Reshape", "Transpose"]),
         ("bds,de->bse", "w", ["MatMul", "Transpose"]),
         ("d,de->e", "w", ["MatMul"]),
+        ("bij,ij->b", "w", ["MatMul", "Reshape", "Reshape"]),  # no column
         ("bhid,bhjd->bhij", "", ["MatMul", "Transpose"]),  # queries by keys
         ("bhij,bhjd->bhid", "", ["MatMul"]),
         ("bihd,bjhd->bhij", "", ["MatMul", "Transpose", "Transpose"]),

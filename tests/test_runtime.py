@@ -384,7 +384,10 @@ def test_default_options_are_those_of_onnx_runtime() -> None:
     x = rng.standard_normal((1, 1, 4, 4)).astype(np.float32) - 3
     model = ir.from_onnx_text(f"{HEADER} {PADDED}")
     native = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
-    found = session(model, default_options=True).run({"x": x})["y"]
+    opened = session(model, default_options=True)
+    found = opened.run({"x": x})["y"]
+    with pytest.raises(RuntimeError):
+        opened._native.get_session_options().get_session_config_entry("session.x64quantprecision")
     np.testing.assert_array_equal(found, native.run(None, {"x": x})[0])
 
 

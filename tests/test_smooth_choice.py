@@ -178,6 +178,7 @@ def test_nodes_must_gain_a_decibel(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("int8", (MISSED,), POST_NORM)
     assert result.plans == ()
     assert result.notes[-1].startswith("not smoothed with ")
+    assert result.notes[-1].endswith(" dB more, and 100 are what nodes must gain")
 
 
 @pytest.mark.parametrize(("consumer", "kept"), [("a800", True), ("ort-cpu", False)])
