@@ -190,9 +190,21 @@ ERROR_CASES = [
     Broken("E13", "w4_DQ", int4((96, 64), (2, 64), 0, 64), SILENT),
     Broken("E13", "w4_DQ", int4((64, 64), (2, 64), 0, 32, opset=19), SILENT),
     Broken("E13", "x_Q", graph(f"{pair(zero='i4')} y = Relu(x_d)", "int4 i4 = {0}"), SILENT),
+    Broken("E14", "turn", graph("[turn] m = Transpose(x) y = Cast<to=1>(m)", x="uint8[4,64] x"), REFUSED),
+    Broken("E14", "same", graph("[same] m = Identity(x) y = Cast<to=1>(m)", x="uint8[4,64] x"), REFUSED),
+    Broken(
+        "E14",
+        "add",
+        graph("c = Cast<to=1>(x) [add] m = Add(x, x) d = Cast<to=1>(m) y = Add(c, d)", x="uint8[4] x"),
+        REFUSED,
+    ),
+    Broken("E14", "to", graph("[to] u = Cast<to=2>(x) f = Cast<to=1>(u) y = Relu(f)"), REFUSED),
+    Broken("E14", "cast", graph("[cast] y = Cast<to=1>(x)", x="int16[4] x"), REFUSED),
+    Broken("E14", "to", graph("[to] y = Cast<to=12>(x)", y="uint32[4,64] y"), REFUSED),
 ]
 
 RESIDUAL = f"[c] c = {CONV}(x_d, k_d) [add] sum = Add(c, {{skip}}) r = Relu(sum) {pair('r')} y = {CONV}(r_d, k_d)"
+CUT = f"a, b = Split<axis=1, num_outputs=2>(m) p = Softmax(a) {pair('b')} b_t = Transpose(b_d) [mix] y = MatMul(p, b_t)"
 LAYER_NORM = "y = LayerNormalization({}, {})"
 
 WARNING_CASES = [
@@ -205,6 +217,7 @@ WARNING_CASES = [
     Broken("W2", "fc", graph(f"{pair()} {DQ_W} w_t = Transpose(w_d) [fc] y = MatMul(x_d, w_t)")),
     Broken("W3", "fc", graph(f"{pair()} [fc] y = MatMul(x_d, wf)")),
     Broken("W3", "fc", graph(f"{DQ_W} [fc] y = MatMul(x, w_d)")),
+    Broken("W3", "mix", graph(f"m = Relu(x) {CUT}")),
     Broken("W3", "qk", graph(f"{pair()} x_t = Transpose(x) [qk] y = MatMul(x_d, x_t)", x="float[64,64] x")),
     Broken("W4", "fc", graph(f"{pair()} r = Relu(x_d) {DQ_W} [fc] y = MatMul(r, w_d)")),
     Broken("W5", "x_DQ", graph(f"x_q = QuantizeLinear(x, s, z) [x_DQ] x_d = DequantizeLinear(x_q, t, z) {FC}")),
@@ -278,10 +291,14 @@ CLEAN_CASES = [
     ),
     ("E13", int4((64, 64), (2, 64), 0, 32)),
     ("E13", int4((64, 64), (64, 2), 1, 32)),
+    ("E14", graph("y = Cast<to=2>(x)", y="uint8[4,64] y")),
+    ("E14", graph("y = Identity(x)", x="uint8[4,64] x", y="uint8[4,64] y")),
+    ("E14", graph("y = Shape(x)", x="uint8[4,64] x", y="int64[2] y")),
     ("W2", graph(f"{pair()} w_d = DequantizeLinear<axis=0>(w, s64, z64) w_t = Transpose(w_d) y = MatMul(x_d, w_t)")),
     ("W2", graph(f"{pair()} w_d = DequantizeLinear<axis=0>(w, s64, z64) y = Gemm<transB=1>(x_d, w_d)")),
     ("W2", graph(f"{pair()} k_d = DequantizeLinear<axis=1>(k, s16, z16) y = ConvTranspose(x_d, k_d)", x=IMAGE)),
     ("W3", graph("y = MatMul(x, wf)")),
+    ("W3", graph(f"{pair()} {DQ_W} m = MatMul(x_d, w_d) {CUT}")),
     ("W4", graph(f"r = Relu(x) {pair('r')} r4 = Reshape(r_d, square) {DQ_W} y = MatMul(r4, w_d)", x="float[64,64] x")),
     ("W5", graph(f"{pair()} r = Relu(x_d) {pair('r', 't')} {DQ_W} y = MatMul(r_d, w_d)")),
     (
@@ -323,7 +340,7 @@ def test_a_graph_that_keeps_the_rule_is_clean(rule: str, model: ir.Model) -> Non
 
 def test_every_rule_has_its_graphs() -> None:
     rules = {rule.__name__.partition("_")[0].upper() for rule in (*ERRORS, *WARNINGS)}
-    assert rules | {"E11"} == {f"{kind}{number}" for kind in "EW" for number in range(1, 14)}
+    assert rules | {"E11"} == {f"E{number}" for number in range(1, 15)} | {f"W{number}" for number in range(1, 14)}
     assert {case.rule for case in (*ERROR_CASES, *WARNING_CASES)} == rules
     asked = {case.rule for case in ERROR_CASES if case.verdict != NOT_ASKED}
     assert asked == {rule for rule in rules if rule.startswith("E")}

@@ -1,4 +1,4 @@
-"""The rules E1 to E13: what TensorRT refuses, and what it silently computes differently.
+"""The rules E1 to E14: what TensorRT refuses, and what it silently computes differently.
 
 Each rule looks at one node. "Parser" and "builder" below are those of TensorRT-RTX 1.7, whose ONNX parser TensorRT 10
 and 11 share; "header" is NvInfer.h of TensorRT 11.1, IQuantizeLayer and IDequantizeLayer.
@@ -32,6 +32,10 @@ from qonnx.linter.view import (
 from qonnx.sizes import dynamic_dimensions
 
 _ACCEPTED = frozenset({ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1})
+_UNKNOWN_TYPES = frozenset({
+    ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64, ir.DataType.STRING,
+    ir.DataType.COMPLEX64, ir.DataType.COMPLEX128,
+})  # fmt: skip
 _HALVES = frozenset({ir.DataType.INT4, ir.DataType.FLOAT4E2M1})
 
 # The smallest compute capability whose tensor cores multiply a type.
@@ -338,6 +342,33 @@ def e13_blocks(site: Site) -> Finding | None:
     return site.error("E13", f"{_named(quantizer)} {problem}", remedy)
 
 
+def e14_type(site: Site) -> Finding | None:
+    """E14: TensorRT has the type; it has uint8 for inputs that are cast at once, and for outputs that are.
+
+    The parser cannot convert other types: "failed to convert ONNX date type", "first input has type UInt8". Codes of
+    Q/DQ are the matter of E2 and E3.
+    """
+    node = site.node
+    if site.quantizer is not None or node.domain not in ONNX_DOMAINS or _makes_zero_point(node) or e9_operator(site):
+        return None
+    for value in (*node.inputs, *node.outputs):
+        if value is not None and value.dtype in _UNKNOWN_TYPES:
+            message = f"{value.name!r} is {value.dtype.name.lower()}, a type that TensorRT does not have"
+            return site.error("E14", message, "use int32, int64 or float, also for inputs")
+    casts = node.op_type in ("Cast", "Identity")
+    for value in node.inputs if not casts and node.op_type != "Shape" else ():
+        if value is not None and value.dtype is ir.DataType.UINT8 and value.is_graph_input():
+            message = (
+                f"{node.op_type} reads {value.name!r}, which is uint8: TensorRT has a Cast for that and nothing else"
+            )
+            return site.error("E14", message, f"cast to float first, then {node.op_type}: `qonnx quantize` does")
+    written = node.outputs[0] if casts else None
+    if written is not None and written.dtype is ir.DataType.UINT8 and not written.is_graph_output():
+        message = f"{node.op_type} makes {written.name!r}, which is uint8: TensorRT has it for inputs and outputs only"
+        return site.error("E14", message, "cast to int32 instead")
+    return None
+
+
 def _bad_blocks(quantizer: Quantizer) -> str:
     data, scale, axis = sizes_of(quantizer.data), sizes_of(quantizer.scale), quantizer.axis
     if data is None or scale is None:
@@ -393,4 +424,5 @@ ERRORS: tuple[Rule, ...] = (
     e10_float_type,
     e12_format,
     e13_blocks,
+    e14_type,
 )

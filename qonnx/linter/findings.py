@@ -34,7 +34,7 @@ class Finding(msgspec.Struct, frozen=True):
     """One place where a graph breaks one rule.
 
     Attributes:
-        rule: "E1" to "E13", "W1" to "W13".
+        rule: "E1" to "E14", "W1" to "W13".
         severity: see `Severity`.
         node: the name of the ONNX node or graph input; `node_of_` and the name of its first output where it has none,
             as TensorRT calls it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qonnx.attention import CUTS, projection
 from qonnx.linear import CONVOLUTIONS
 from qonnx.linter.findings import Finding
 from qonnx.linter.fixes import clip_bounds, float_operands_repair, repeated_repair, stored_float_repair
@@ -98,7 +99,8 @@ def w3_one_operand(site: Site) -> Finding | None:
     """W3: both operands of a product are quantized, or neither.
 
     With one of them it multiplies in float (guide: insert Q/DQ at both inputs). A weight alone in INT8 only saves
-    memory; int4 is made for that, and is no finding.
+    memory; int4 is made for that, and is no finding. Nor are one part of what a quantized projection makes, such as the
+    values of an attention in float: rounded, it keeps the compiler from cutting the projection up into float products.
     """
     node = site.node
     operands = operands_of(node)
@@ -110,11 +112,21 @@ def w3_one_operand(site: Site) -> Finding | None:
     bare = node.inputs[quantized.index(False)]
     if _behind_elementwise(bare) is not None:
         return None  # W4
+    if any(_is_cut_from_integers(operand) for operand in operands):
+        return None
     return site.warning(
         "W3",
         f"only one operand of {node.op_type} is quantized: it multiplies in float",
         f"quantize {bare.name if bare is not None else ''!r} too, or leave both in float",
     )
+
+
+def _is_cut_from_integers(operand: Quantizer | None) -> bool:
+    """Whether an operand was cut from the result of a product on integers before it was rounded."""
+    quantizer = None if operand is None else quantizer_of(operand.data.producer())
+    cut = None if quantizer is None else quantizer.data.producer()
+    made_by = projection(cut.outputs[0]) if cut is not None and is_op(cut, CUTS) else None
+    return made_by is not None and None not in (operands_of(made_by) or (None,))
 
 
 def w4_operator_between(site: Site) -> Finding | None:
