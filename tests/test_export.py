@@ -673,3 +673,16 @@ def test_attention_with_a_position_bias(tmp_path: Path, dynamic_shapes: dict[str
 def test_an_operator_of_transformers_has_a_switch() -> None:
     error = RuntimeError("No ONNX function found for <OpOverload(op='transformers.grouped_mm_fallback', overload='')>")
     assert _root_cause(error).endswith("call module.set_experts_implementation('batched_mm') before")
+
+
+@pytest.mark.parametrize("dynamic_shapes", [{"x": {0: "batch"}}, None])
+def test_a_check_of_a_tensors_values_is_left_out(tmp_path: Path, dynamic_shapes: dict[str, Any] | None) -> None:
+    """The exporter drops assertions, and stopped at the condition of this one."""
+
+    def checked(linear: nn.Linear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        torch._check_tensor_all(y.sum() == x.shape[1])  # type: ignore[no-untyped-call]
+        return linear(x)  # type: ignore[no-any-return]
+
+    args = (torch.randn(2, 4), torch.tensor([1, 3]))
+    path = export(Call(checked).eval(), args, tmp_path / "m.onnx", dynamic_shapes=dynamic_shapes)
+    assert {node.op_type for node in onnx.load(path).graph.node} == {"Gemm"}

@@ -210,6 +210,8 @@ def _translate(module: torch.nn.Module, inputs: ExampleInputs, opset: int) -> to
             opset_version=opset,
             dynamic_shapes=inputs.torch_shapes,
             optimize=False,  # `simplify` does it, without merging parameters that happen to be equal
+            # What torch._check_tensor_all leaves behind: the exporter removes the assertion, and not its condition.
+            custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
         )
         assert program is not None
         return program
@@ -227,6 +229,15 @@ def _translate(module: torch.nn.Module, inputs: ExampleInputs, opset: int) -> to
                 return attempt()
     except Exception as error:  # the exporter raises whatever stopped it: its own, dynamo's and the module's errors
         raise ExportError(f"{type(module).__name__} cannot be exported: {_root_cause(error)}") from error
+
+
+def _all_true(condition: Any) -> Any:
+    """aten::_is_all_true in ONNX, of a tensor of booleans; the result is a boolean of no axes."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    smallest = op.ReduceMin(op.Cast(condition, to=ir.DataType.INT32), keepdims=0)
+    return op.Cast(smallest, to=ir.DataType.BOOL)
 
 
 def _axis_names(graph: ir.Graph, inputs: ExampleInputs) -> dict[str | ir.SymbolicDim, str]:
