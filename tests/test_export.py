@@ -286,6 +286,12 @@ FAILURES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any] | 
         None,
         "ONNX has no counterpart of aten._linalg_eigh; rewrite",
     ),
+    "complex numbers": (
+        lambda linear, x, y: torch.view_as_real((torch.view_as_complex(x.reshape(4, 6, 2, 2)) * 1j).unsqueeze(2)),
+        (X,),
+        None,
+        "torch's exporter cannot translate aten.unsqueeze of complex numbers; compute with real and imaginary parts",
+    ),
     "a case the exporter lacks": (
         lambda linear, x, y: nn.functional.scaled_dot_product_attention(x, x, x),
         (X,),
@@ -668,6 +674,14 @@ def test_attention_with_a_position_bias(tmp_path: Path, dynamic_shapes: dict[str
 
     path = export(Biased(), (torch.randn(2, 5, 8),), tmp_path / "model.onnx", dynamic_shapes=dynamic_shapes)
     assert "MatMul" in {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_the_line_that_stopped_torch_is_told() -> None:
+    for place in ("(led/modeling.py:193 in forward)", '  File "/usr/lib/led/modeling.py", line 193, in forward'):
+        cause = f"Could not guard on data-dependent expression Eq(u0, 1) (unhinted: Eq(u0, 1)).\n\nCaused by: {place}"
+        assert _root_cause(RuntimeError(cause)).startswith(
+            "forward branches on the values of a tensor (modeling.py:193); "
+        )
 
 
 def test_an_operator_of_transformers_has_a_switch() -> None:

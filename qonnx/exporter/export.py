@@ -280,8 +280,8 @@ def _root_cause(error: BaseException) -> str:
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    # torch appends the line of the user's code that it was looking at
-    places = re.findall(r'File "([^"]+)", line (\d+), in', str(cause))
+    # torch appends the line of the user's code that it was looking at, in one of two forms
+    places = re.findall(r'(?:File "|Caused by: \()([^":]+)"?(?:, line |:)(\d+),? in', str(cause))
     place = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
     if "data-dependent" in text:
         text = f"forward branches on the values of a tensor{place}"
@@ -290,6 +290,9 @@ def _root_cause(error: BaseException) -> str:
         remedy = "rewrite that call with elementary torch operations"
         if operator[1].startswith("transformers.grouped_mm"):
             remedy = "call module.set_experts_implementation('batched_mm') before"
+        if "complex-valued input" in text:
+            remedy = "compute with real and imaginary parts instead"
+            return f"torch's exporter cannot translate {operator[1]} of complex numbers; {remedy}"
         return f"ONNX has no counterpart of {operator[1]}; {remedy}"
     advice = "torch.export.export(module, args) shows the whole trace"
     if translated := re.search(r"target=torch\.ops\.([\w.]+)", _chain(error)):
