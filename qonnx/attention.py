@@ -16,15 +16,17 @@ MOVES = frozenset({"Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "
 CUTS = frozenset({"Split", "Slice", "Gather"})
 
 _KEEPS_RANGE = MOVES | {"Dropout", "Cast"}
-_SCORES_TO_SOFTMAX = _KEEPS_RANGE | {"Mul", "Div", "Add", "Sub", "Where", "Clip", "Max", "Min", "Tanh"}
+# With sinks, a column of learned scores stands beside those of the keys, and is cut off behind the Softmax.
+_SOFTMAX_TO_VALUES = _KEEPS_RANGE | {"Slice"}
+_SCORES_TO_SOFTMAX = _KEEPS_RANGE | {"Concat", "Mul", "Div", "Add", "Sub", "Where", "Clip", "Max", "Min", "Tanh"}
 
 
 def is_probability(value: ir.Value | None) -> bool:
-    """Whether the value is what a Softmax made: it is moved at most, or NaN in it is replaced."""
+    """Whether the value is what a Softmax made: it is moved or cut at most, or NaN in it is replaced."""
     producer = None if value is None else value.producer()
     if producer is None or not _is_standard(producer):
         return False
-    if producer.op_type in _KEEPS_RANGE:
+    if producer.op_type in _SOFTMAX_TO_VALUES:
         return is_probability(producer.inputs[0])
     if producer.op_type == "Where":  # rows in which every key is masked are 0 / 0, and exporters write 0 for them
         return any(is_probability(one) and _is_zero(other) for one, other in _branches(producer))
@@ -45,7 +47,7 @@ def value_products(node: ir.Node) -> frozenset[str]:
             if probability and reader.op_type == "MatMul" and reader.name:
                 found.add(reader.name)
             elif reader.op_type == "Softmax" or reader.op_type in (
-                _KEEPS_RANGE | {"Where"} if probability else _SCORES_TO_SOFTMAX
+                _SOFTMAX_TO_VALUES | {"Where"} if probability else _SCORES_TO_SOFTMAX
             ):
                 seen.add(reader.outputs[0])
                 pending.append((reader.outputs[0], probability or reader.op_type == "Softmax"))

@@ -82,6 +82,7 @@ def test_other_values_have_no_projection(text: str) -> None:
     [
         ("{ p = Softmax(x) }", True),
         ("{ s = Softmax(x) c = Cast <to = 1> (s) p = Transpose(c) }", True),
+        ("{ s = Softmax(x) p = Slice(s, heads, heads) }", True),
         ("{ o = Constant <value = float {0.0}> () s = Softmax(x) n = IsNaN(s) p = Where(n, o, s) }", False),
         ("{ s = Softmax(x) p = Mul(s, s) }", False),
         ("{ s = Softmax(x) n = IsNaN(s) p = Where(n, x, s) }", False),
@@ -107,6 +108,15 @@ def test_the_two_products_of_each_attention_find_each_other() -> None:
     assert value_products(nodes["a"]) == {"two", "three"}
     assert value_products(nodes["e"]) == frozenset()
     assert [values_index(nodes[name]) for name in "acdefs"] == [None, 1, 0, None, 1, None]
+
+
+def test_attention_with_a_sink_is_one() -> None:
+    nodes = graph_of(
+        "{ a = MatMul(x, m) k = Concat <axis = -1> (a, m) most = ReduceMax(k) s = Sub(k, most) t = Softmax(s) "
+        "p = Slice(t, heads, heads) [mix] c = MatMul(p, x) }"
+    )
+    assert value_products(nodes["a"]) == {"mix"}
+    assert values_index(nodes["c"]) == 1
 
 
 def test_the_result_is_followed_to_what_reads_it() -> None:

@@ -239,3 +239,15 @@ def test_values_that_two_products_share_are_centred_by_the_one_that_reads_them(t
     batches = [{"x": rng.standard_normal((1, 256, 32)).astype(np.float32)} for _ in range(8)]
     result = qonnx.quantize(model, batches, tmp_path / "quantized.onnx")
     assert result.comparison.outputs[0].sqnr_db > 20
+
+
+def test_rows_that_lost_a_sink_let_no_offset_pass() -> None:
+    """They sum to less than 1; where their grid ends is chosen all the same."""
+    text = ATTENTION.replace("float root", "int64[1] zero = {0}, int64[1] one = {1}, int64[1] last = {-1}, float root")
+    text = text.replace("float root", "int64[1] end = {1000}, float root", 1).replace(
+        "p = Softmax<axis = -1>(s)",
+        "r = Slice(s, zero, one, last) t = Concat<axis = -1>(r, s) u = Softmax<axis = -1>(t) "
+        "p = Slice(u, one, end, last)",
+    )
+    (attention,) = found(model(text))
+    assert (attention.probabilities, attention.group) == ("p", None)
