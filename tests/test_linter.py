@@ -246,7 +246,11 @@ WARNING_CASES = [
         ),
     ),
     Broken("W11", "fc", graph(f"{pair()} d = DequantizeLinear(narrow, s, z) [fc] y = MatMul(x_d, d)")),
-    Broken("W11", "fc", graph(f"{pair()} {FC}", x="float[1,64] x")),
+    Broken(
+        "W11",
+        "mix",
+        graph(f"{pair()} {pair('v')} [mix] y = MatMul(x_d, v_d)", x="float[1,64] x, float[64,64] v"),
+    ),
     Broken(
         "W11",
         "conv",
@@ -299,6 +303,7 @@ CLEAN_CASES = [
     ("W2", graph(f"{pair()} k_d = DequantizeLinear<axis=1>(k, s16, z16) y = ConvTranspose(x_d, k_d)", x=IMAGE)),
     ("W3", graph("y = MatMul(x, wf)")),
     ("W3", graph(f"{pair()} {DQ_W} m = MatMul(x_d, w_d) {CUT}")),
+    ("W3", graph(f"{pair()} r = MatMul(x_d, x_d) {pair('r')} y = MatMul(r_d, wf)", x="float[64,64] x")),
     ("W4", graph(f"r = Relu(x) {pair('r')} r4 = Reshape(r_d, square) {DQ_W} y = MatMul(r4, w_d)", x="float[64,64] x")),
     ("W5", graph(f"{pair()} r = Relu(x_d) {pair('r', 't')} {DQ_W} y = MatMul(r_d, w_d)")),
     (
@@ -319,6 +324,7 @@ CLEAN_CASES = [
         "W10",
         graph(f"{pair()} p = AveragePool<kernel_shape=[2,2]>(x_d) {pair('p')} {DQ_K} y = {CONV}(p_d, k_d)", x=IMAGE),
     ),
+    ("W11", graph(f"{pair()} {FC}", x="float[1,64] x")),  # a classifier of one image
     ("W11", graph(f"{pair()} d = DequantizeLinear(k8, s, z) y = {CONV}(x_d, d)", x="float[2,8,8,8] x")),
 ]
 
@@ -336,6 +342,11 @@ def test_a_broken_rule_is_found_and_no_other(case: Broken) -> None:
 @pytest.mark.parametrize(("rule", "model"), CLEAN_CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_graph_that_keeps_the_rule_is_clean(rule: str, model: ir.Model) -> None:
     assert lint(model) == ()
+
+
+def test_the_result_of_a_layer_is_rounded_for_nothing_where_the_next_one_is_in_float() -> None:
+    (finding,) = lint(graph(f"{pair()} {DQ_W} r = MatMul(x_d, w_d) {pair('r')} [out] y = MatMul(r_d, wf)"))
+    assert (finding.rule, finding.node) == ("W3", "out")
 
 
 def test_every_rule_has_its_graphs() -> None:

@@ -99,8 +99,9 @@ def w3_one_operand(site: Site) -> Finding | None:
     """W3: both operands of a product are quantized, or neither.
 
     With one of them it multiplies in float (guide: insert Q/DQ at both inputs). A weight alone in INT8 only saves
-    memory; int4 is made for that, and is no finding. Nor are one part of what a quantized projection makes, such as the
-    values of an attention in float: rounded, it keeps the compiler from cutting the projection up into float products.
+    memory; int4 is made for that, and is no finding. Nor is one part of what a quantized projection makes, such as the
+    values of an attention in float: rounded, it keeps the compiler from cutting the projection up into float products;
+    nor the result of an attention, which is one kernel on integers only where that is rounded, too.
     """
     node = site.node
     operands = operands_of(node)
@@ -112,7 +113,7 @@ def w3_one_operand(site: Site) -> Finding | None:
     bare = node.inputs[quantized.index(False)]
     if _behind_elementwise(bare) is not None:
         return None  # W4
-    if any(_is_cut_from_integers(operand) for operand in operands):
+    if any(_is_rounded_for_its_producer(operand) for operand in operands):
         return None
     return site.warning(
         "W3",
@@ -121,12 +122,16 @@ def w3_one_operand(site: Site) -> Finding | None:
     )
 
 
-def _is_cut_from_integers(operand: Quantizer | None) -> bool:
-    """Whether an operand was cut from the result of a product on integers before it was rounded."""
+def _is_rounded_for_its_producer(operand: Quantizer | None) -> bool:
+    """Whether an operand is one part of what a product on integers made, or the result of one of two activations."""
     quantizer = None if operand is None else quantizer_of(operand.data.producer())
-    cut = None if quantizer is None else quantizer.data.producer()
-    made_by = projection(cut.outputs[0]) if cut is not None and is_op(cut, CUTS) else None
-    return made_by is not None and None not in (operands_of(made_by) or (None,))
+    if quantizer is None:
+        return False
+    cut, made_by = quantizer.data.producer(), projection(quantizer.data)
+    factors = None if made_by is None else operands_of(made_by)
+    if factors is None or any(factor is None for factor in factors):
+        return False
+    return is_op(cut, CUTS) or all(factor is not None and factor.weight is None for factor in factors)
 
 
 def w4_operator_between(site: Site) -> Finding | None:
@@ -282,9 +287,9 @@ def w10_pooling_and_concat(site: Site) -> Finding | None:
 def w11_tiny(site: Site) -> Finding | None:
     """W11: products too thin for the 16 wide tiles of integer tensor cores stay in float.
 
-    The widths under which NVIDIA's own tool leaves them alone: matrices of one row or column, or with a side below 16;
-    convolutions with both channel counts below 16, or one and neither a multiple of 8; groups of channels whose number
-    is no multiple of 8.
+    The widths under which NVIDIA's own tool leaves them alone: products of two activations of which one has one row,
+    and of matrices with a side below 16; convolutions with both channel counts below 16, or one and neither a multiple
+    of 8; groups of channels whose number is no multiple of 8.
     """
     node = site.node
     operands = operands_of(node)
