@@ -124,7 +124,7 @@ def _layers(graph: ir.Graph, recipe: Recipe, target: Target, settings: Mapping[s
 def _no_attention(node: ir.Node, recipe: Recipe) -> str:
     """Why a product of two activations is none of the two products of an attention that the recipe wants quantized."""
     if values_index(node) is None and not value_products(node):
-        return "product of two activations outside attention"
+        return why_no_weight_among(node) or "product of two activations outside attention"
     return "" if recipe.attention else "the recipe leaves attention products in float"
 
 
@@ -235,6 +235,24 @@ def why_no_weight(value: ir.Value | None) -> str:
     if not is_initializer(value):
         return "its weight is computed in the graph: store the result as an initializer to quantize it"
     return "its weight is a vector" if rank(value) == 1 else "its weight is not one matrix"
+
+
+def why_no_weight_among(node: ir.Node) -> str:
+    """Why neither operand of a product is a weight, where it only seems to multiply two activations; else ""."""
+    if not any(_is_picked(value) for value in node.inputs[:2]):
+        return ""
+    return "its weight is looked up at run time in a stack, as those of experts: only single matrices are quantized"
+
+
+def _is_picked(value: ir.Value | None) -> bool:
+    """Whether matrices were looked up in a stored stack of them, and moved at most."""
+    producer = None if value is None else value.producer()
+    while producer is not None and producer.op_type in MOVES | {"Cast"}:
+        source = producer.inputs[0]
+        producer = None if source is None else source.producer()
+    if producer is None or producer.op_type not in ("Gather", "GatherND"):
+        return False
+    return is_initializer(producer.inputs[0]) and (rank(producer.inputs[0]) or 0) > 2
 
 
 def _no_rows(node: ir.Node, recipe: Recipe) -> str:

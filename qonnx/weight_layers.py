@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 
 from qonnx.graph import is_float, is_initializer, module_path
-from qonnx.layers import Edge, Layer, Operand, is_gpu, table_operand, why_no_weight
+from qonnx.layers import Edge, Layer, Operand, is_gpu, table_operand, why_no_weight, why_no_weight_among
 from qonnx.linear import CONVOLUTIONS, LINEAR_OPS, Linear, linear_of
 from qonnx.recipe import PerBlock, Weights
 from qonnx.roles import is_table
@@ -79,7 +79,7 @@ def _why_not(node: ir.Node) -> str:
     if all(not is_float(value) for value in node.inputs[:2] if value is not None):
         return "does not compute in float"
     if node.op_type == "MatMul" and not any(is_initializer(value) for value in node.inputs[:2]):
-        return "multiplies two activations: it has no weight"
+        return why_no_weight_among(node) or "multiplies two activations: it has no weight"
     return why_no_weight(node.inputs[1] if len(node.inputs) > 1 else None)
 
 

@@ -227,6 +227,13 @@ LEFT = {
     "blocks that do not fit": ("a800", "float[48,16] w", "float[n,48] x", "y = MatMul(x, w)", "leave a short one"),
     "thin": ("ort-cpu", "float[8,16] w", "float[n,8] x", "y = MatMul(x, w)", "sums over 8 elements only"),
     "two activations": ("a800", "float[1] w", "float[16,16] x", "z = Mul(x, w) y = MatMul(x, z)", "has no weight"),
+    "experts": (
+        "a800",
+        "float[16,16,16] w",
+        "float[16,16] x",
+        "i = ArgMax <axis = 1, keepdims = 1> (x) e = GatherND(w, i) y = MatMul(x, e)",
+        "looked up at run time in a stack",
+    ),
 }
 
 

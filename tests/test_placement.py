@@ -170,6 +170,15 @@ LEFT_IN_FLOAT = {
         "g (float[4,32] x, float[32,32] z) => (float[4,32] y) { y = MatMul(x, z) }",
         "outside attention",
     ),
+    "experts": (
+        "g (float[4,32] x, int64[4] i, float[8,32,32] w) => (float[4,4,32] y) "
+        "{ e = Gather(w, i) t = Transpose <perm = [0, 2, 1]> (e) y = MatMul(x, t) }",
+        "looked up at run time in a stack",
+    ),
+    "rows of a table": (
+        "g (float[4,32] x, int64[32] i, float[8,32] w) => (float[4,32] y) { e = Gather(w, i) y = MatMul(x, e) }",
+        "outside attention",
+    ),
     "narrow heads": (
         "g (float[1,4,32,8] q, float[1,4,8,32] k, float[1,4,32,8] v) => (float[1,4,32,8] y) "
         "{ a = MatMul(q, k) p = Softmax(a) y = MatMul(p, v) }",
