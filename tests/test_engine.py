@@ -189,7 +189,7 @@ net (float[4,8] x) => (float[4,8] y) <float s = {{0.1}}, int8 z = {{0}}, {tensor
     ("text", "expected"),
     [
         (ZERO_POINT_3, "node 'input_Q' (QuantizeLinear): Non-zero zero point is not supported; quantize with target="),
-        (UNKNOWN_OPERATOR, "node 'middle' (Wobble): Plugin not found"),
+        (UNKNOWN_OPERATOR, "node 'middle' (Wobble): the compiler has no such operator"),
         (QLINEAR, "node 'product' (QLinearMatMul): TensorRT does not have this operator; replace"),
         (NOT_BEFORE_DQ, "Quantized constant (w) is only allowed before DQ"),
     ],

@@ -12,6 +12,7 @@ from qonnx.graph import FLOAT_REASON
 
 _CODED = re.compile(r"Error Code \d+: [^(]*\((.*?)\.? In \w+ at ", re.DOTALL)
 _SOURCE = re.compile(r"^(?:\[[^\]]*\] |\w+\.[ch]pp:\d+: )")
+_NO_PLUGIN = re.compile(r"^(?:\w+ )?plugin\b.* not found", re.IGNORECASE)
 _QUOTED = re.compile(r'&& "(.*)"')
 
 
@@ -60,7 +61,9 @@ def reason(text: str) -> str:
     >>> reason("Assertion failed: (all || some): Scale coefficients must all be positive")
     'Scale coefficients must all be positive'
     >>> reason('creator && "Plugin not found"')
-    'Plugin not found'
+    'the compiler has no such operator, and no plugin of that name'
+    >>> reason("NonZero plugin creator version 1 was not found in plugin registry.")
+    'the compiler has no such operator, and no plugin of that name'
     >>> reason("false")
     'TensorRT does not have this operator'
     """
@@ -73,4 +76,6 @@ def reason(text: str) -> str:
         text = quoted[1]
     text = _SOURCE.sub("", text).partition(" Please set kENABLE_")[0]  # that flag is for other hardware
     text = " ".join(text.split()).rstrip(".")
+    if _NO_PLUGIN.search(text):  # what is said of every operator that the compiler does not know
+        return "the compiler has no such operator, and no plugin of that name"
     return text if text != "false" else "TensorRT does not have this operator"
