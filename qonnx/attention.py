@@ -44,7 +44,7 @@ def value_products(node: ir.Node) -> frozenset[str]:
             reader = usage.node
             if not reader.outputs or reader.outputs[0] in seen:
                 continue
-            if probability and reader.op_type == "MatMul" and reader.name:
+            if probability and values_index(reader) is not None and reader.op_type == "MatMul" and reader.name:
                 found.add(reader.name)
             elif reader.op_type == "Softmax" or reader.op_type in (
                 _SOFTMAX_TO_VALUES | {"Where"} if probability else _SCORES_TO_SOFTMAX
@@ -85,8 +85,11 @@ def result(node: ir.Node) -> ir.Value | None:
 
 
 def values_index(node: ir.Node) -> int | None:
-    """Which input of the second product of an attention holds the values; None for every other node."""
-    if len(node.inputs) < 2:
+    """Which input of the second product of an attention holds the values; None for every other node.
+
+    A weight is no values: that is a layer, of which each result is a mean of the weight's rows.
+    """
+    if len(node.inputs) < 2 or any(is_initializer(value) for value in node.inputs):
         return None
     return next((1 - index for index in (0, 1) if is_probability(node.inputs[index])), None)
 

@@ -184,7 +184,10 @@ def diagnose(
         axes[tensor.value] = None if not readers else 1 if readers & CONVOLUTIONS else -1
     maxima = channel_maxima(model, axes, held_out)
     outliers = [Outliers(value, outlier_consistency(x)) for value, x in maxima.items() if _comparable(x)]
-    counted = [value for value in chosen if value in statistics.tensors and chosen[value].source != "softmax"]
+    known = [
+        value for value, (_, _, source) in chosen.items() if source.startswith("softmax")
+    ]  # no calibrator chose it
+    counted = [value for value in chosen if value in statistics.tensors and value not in known]
     dtype = plan.activations[0].dtype
     return Diagnostics(
         warnings=warnings(counted, statistics, calibrator, dtype, symmetric=symmetric),

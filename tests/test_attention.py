@@ -110,6 +110,15 @@ def test_the_two_products_of_each_attention_find_each_other() -> None:
     assert [values_index(nodes[name]) for name in "acdefs"] == [None, 1, 0, None, 1, None]
 
 
+def test_a_weight_is_no_values() -> None:
+    """A Softmax in front of a layer, as in a memory of learned slots, makes no attention."""
+    text = "g (float[4,8] x, float[8,4] m, float[4,6] w) => (float[4,6] y) { a = MatMul(x, m) s = Softmax(a) [mix] y = MatMul(s, w) }"
+    for weights, values in (("", 1), ("w", None)):
+        scores, _, mixed = model_of(text, weights=weights).graph
+        assert values_index(mixed) == values
+        assert value_products(scores) == (set() if weights else {"mix"})
+
+
 def test_attention_with_a_sink_is_one() -> None:
     nodes = graph_of(
         "{ a = MatMul(x, m) k = Concat <axis = -1> (a, m) most = ReduceMax(k) s = Sub(k, most) t = Softmax(s) "

@@ -206,3 +206,16 @@ def test_what_is_said_about_a_quantized_model(tmp_path: Path) -> None:
     few = qonnx.quantize(model, data[:2], tmp_path / "q.onnx", settings=["goal_sqnr_db=0"])
     assert few.diagnostics.warnings == ("calibrated on 16 samples: too few to tell; give 32 or more",)
     assert "note: calibrated on 16 samples" in "\n".join(map(str, result_tables(few)))
+
+
+@pytest.mark.parametrize("kind", ["entropy", "mse", "percentile"])
+def test_small_probabilities_have_no_distribution_to_judge(kind: str, tmp_path: Path) -> None:
+    """Over 64 keys they are about 1/64 each: their range is known without one."""
+    text = "g (float[n,64] x, float[64,64] w) => (float[n,64] y) { p = Softmax(x) y = MatMul(p, w) }"
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.standard_normal((16, 64), dtype=np.float32) / 4} for _ in range(8)]
+    settings = [f"activations.calibrator.kind={kind}"]
+    result = qonnx.quantize(model_of(text, weights="w"), data, tmp_path / "q.onnx", settings=settings)
+    (tensor,) = result.plan.activations
+    assert tensor.source == "softmax, 2 times the largest"
+    assert [s.value for s in result.diagnostics.saturations] in ([], ["p"])

@@ -138,6 +138,19 @@ def test_an_output_that_does_not_depend_on_the_data_is_warned_of(tmp_path: Path)
     assert any(warning.startswith("output y is the same for every sample") for warning in result.warnings)
 
 
+@pytest.mark.parametrize("scores", ["s = MatMul(x, w)", "s = Mul(x, half)"])
+def test_a_layer_behind_a_softmax_is_quantized(scores: str, tmp_path: Path) -> None:
+    """A memory of learned slots: `quantize` took the weight for the values of an attention and stopped on it."""
+    text = (
+        "g (float[n,32] x, float[32,32] w, float[32,32] w2) => (float[n,32] y) <float half = {0.5}> "
+        f"{{ {scores} p = Softmax(s) y = MatMul(p, w2) }}"
+    )
+    result = qonnx.quantize(model_of(text, weights="w w2"), data(), tmp_path / "q.onnx")
+    assert not result.plan.float_layers
+    assert result.comparison.outputs[0].sqnr_db > 20
+    assert [tensor.high for tensor in result.plan.activations if tensor.source.startswith("softmax")]
+
+
 def test_why_no_more_layers_are_left_in_float() -> None:
     assert "with 1 layer left in float, and no more than one in 4 may be: skip" in _missed(40, 1, 0)
     assert "with 2 layers left in float, and no other layer costs anything alone: skip" in _missed(40, 2, 1)
