@@ -112,7 +112,10 @@ def test_the_two_products_of_each_attention_find_each_other() -> None:
 
 def test_a_weight_is_no_values() -> None:
     """A Softmax in front of a layer, as in a memory of learned slots, makes no attention."""
-    text = "g (float[4,8] x, float[8,4] m, float[4,6] w) => (float[4,6] y) { a = MatMul(x, m) s = Softmax(a) [mix] y = MatMul(s, w) }"
+    text = (
+        "g (float[4,8] x, float[8,4] m, float[4,6] w) => (float[4,6] y) "
+        "{ a = MatMul(x, m) s = Softmax(a) [mix] y = MatMul(s, w) }"
+    )
     for weights, values in (("", 1), ("w", None)):
         scores, _, mixed = model_of(text, weights=weights).graph
         assert values_index(mixed) == values
