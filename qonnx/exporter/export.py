@@ -8,6 +8,8 @@ import io
 import logging
 import os
 import re
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +39,9 @@ OPSETS = range(18, 26)
 EXTERNAL_DATA_BYTES = 1024 * 1024
 # Initializers below this many bytes (shapes, axes, scalars, small biases) stay inside the model either way.
 INLINE_BYTES = 1024
+
+# Whose lines are no part of the module that is exported.
+_NOT_THE_USERS = frozenset(sys.stdlib_module_names) | {"onnx", "onnx_ir", "onnxscript", "qonnx", "torch"}
 
 logger = logging.getLogger(__name__)
 
@@ -277,12 +282,7 @@ def _chosen_names(option: str, chosen: Sequence[str] | None, default: Sequence[s
 def _root_cause(error: BaseException) -> str:
     """What stopped torch's exporter, where, and what to do about it, in one line."""
     text = first_line(error)
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    # torch appends the line of the user's code that it was looking at, in one of two forms
-    places = re.findall(r'(?:File "|Caused by: \()([^":]+)"?(?:, line |:)(\d+),? in', str(cause))
-    place = f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
+    place = _place(error)
     if "data-dependent" in text:
         text = f"forward branches on the values of a tensor{place}"
         return f"{text}; compute both sides and choose with torch.where, or use torch.cond"
@@ -300,12 +300,30 @@ def _root_cause(error: BaseException) -> str:
     return f"{text.rstrip('.')}{place}; {advice}"
 
 
-def _chain(error: BaseException | None) -> str:
-    lines = []
+def _place(error: BaseException) -> str:
+    """The line of the user's code that torch stopped at, or where it does not tell, the last one that it ran."""
+    causes = list(_causes(error))
+    # torch appends it in one of two forms
+    told = re.findall(r'(?:File "|Caused by: \()([^":]+)"?(?:, line |:)(\d+),? in', str(causes[-1]))
+    ran = [
+        (frame.f_code.co_filename, line)
+        for cause in causes
+        for frame, line in traceback.walk_tb(cause.__traceback__)
+        if str(frame.f_globals.get("__name__")).partition(".")[0] not in _NOT_THE_USERS
+    ]
+    places = told or ran
+    return f" ({Path(places[-1][0]).name}:{places[-1][1]})" if places else ""
+
+
+def _chain(error: BaseException) -> str:
+    return "\n".join(map(str, _causes(error)))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what caused it, and so on."""
     while error is not None:
-        lines.append(str(error))
+        yield error
         error = error.__cause__
-    return "\n".join(lines)
 
 
 @contextlib.contextmanager
