@@ -594,6 +594,16 @@ def test_an_affine_weight_gets_the_symmetric_grid_of_its_range() -> None:
     np.testing.assert_allclose(codes.const_value.numpy() * step, symmetric(values, step), rtol=1e-5)
 
 
+@pytest.mark.parametrize("mask", ["x", "masks"])
+def test_what_no_scale_fits_stays_in_float(mask: str) -> None:
+    """ONNX Runtime's quantizer gives scores behind a mask of -inf, and the mask, an infinite scale."""
+    constants = "float inf = {inf}, float[64] masks = {" + ", ".join(["0", "-inf"] * 32) + "}"
+    model = graph(f"{pair(mask, scale='inf')} m = Add({mask}_d, x) y = Softmax(m)", constants)
+    fixed = repaired(model, exact=False)
+    assert operators(fixed.model) == ["Add", "Softmax"]
+    assert [fix.rule for fix in fixed.fixes] == ["E4"]
+
+
 def test_pairs_for_operators_that_compute_in_float_are_removed() -> None:
     model = graph(f"{pair(zero='n')} a = Add(x_d, bias) {pair('a', zero='n')} y = Softmax(a_d)", "int8 n = {-5}")
     assert operators(repaired(model, exact=False).model) == ["Add", "Softmax"]

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qonnx.graph import FLOAT_TYPES
 from qonnx.linter.findings import Finding, Repair, Severity
-from qonnx.linter.fixes import bias_repair, dead_channels_repair
+from qonnx.linter.fixes import bias_repair, scale_repair
 from qonnx.linter.grid import regrid_repair
 from qonnx.linter.moves import move_repair
 from qonnx.linter.retype import retype_repair
@@ -140,7 +140,7 @@ def e4_scale(site: Site) -> Finding | None:
         "E4",
         f"the scale of {_named(quantizer)} is {scales[bad[0]]:g}{where}",
         "calibrate again; where a range is empty any positive scale will do",
-        dead_channels_repair(quantizer),
+        scale_repair(quantizer),
     )
 
 

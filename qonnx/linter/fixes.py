@@ -28,17 +28,38 @@ from qonnx.numerics import Dtype, PerAxis, quantize
 _DTYPES = {dtype.onnx: dtype for dtype in Dtype}
 
 
-def dead_channels_repair(quantizer: Quantizer) -> Repair:
+def scale_repair(quantizer: Quantizer) -> Repair:
+    """Whether bad scales of this node can be repaired."""
+    return Repair.APPROXIMATE if _is_boundless(quantizer) else _dead_channels_repair(quantizer)
+
+
+def _is_boundless(quantizer: Quantizer) -> bool:
+    """Whether a scale of this QuantizeLinear is infinite or NaN, as after masks of -inf, and its input can be read."""
+    if not quantizer.quantizes or quantizer.scales is None or np.isfinite(quantizer.scales).all():
+        return False
+    following = [dequantizer_of(usage.node.outputs[0]) for usage in quantizer.output.uses() if usage.idx == 0]
+    only = len(following) == len(quantizer.output.uses()) and not quantizer.output.is_graph_output()
+    return only and all(each is not None and each.output.dtype == quantizer.data.dtype for each in following)
+
+
+def _dead_channels_repair(quantizer: Quantizer) -> Repair:
     """Whether the only bad scales of this DequantizeLinear are zeros, and it reads a constant."""
     scales = np.asarray(quantizer.scales)
     known = not quantizer.quantizes and _is_stored(quantizer) and not quantizer.block_size
     return Repair.EXACT if known and bool(((scales >= 0) & np.isfinite(scales)).all()) else Repair.NONE
 
 
-def positive_scales(editor: Editor, node: ir.Node) -> Outcome | None:
-    """E4: a channel with scale 0 stands for zeros whatever its codes are: so do codes of 0 with scale 1."""
+def usable_scales(editor: Editor, node: ir.Node) -> Outcome | None:
+    """E4: a channel with scale 0 stands for zeros whatever its codes are: so do codes of 0 with scale 1.
+
+    What is not finite fits no scale: it stays in float.
+    """
     quantizer = quantizer_of(node)
-    if quantizer is None or quantizer.scales is None or dead_channels_repair(quantizer) is Repair.NONE:
+    if quantizer is not None and _is_boundless(quantizer):
+        for usage in list(quantizer.output.uses()):
+            editor.replace(usage.node.outputs[0], quantizer.data)
+        return Outcome("pair removed: its scale is not finite", False)
+    if quantizer is None or quantizer.scales is None or _dead_channels_repair(quantizer) is Repair.NONE:
         return None
     tensor, dead, before = stored(quantizer.data), quantizer.scales == 0, quantizer.scales
     _, zero, granularity = quantizer.parameters
@@ -155,7 +176,9 @@ def _folded_reader(quantizer: Quantizer) -> tuple[ir.Value, Array | None, Array 
     known = quantizer.quantizes and is_constant(quantizer.data) and quantizer.dtype in _DTYPES
     if not known or quantizer.scales is None or quantizer.zero_points is None:
         return None
-    if quantizer.scales.size != quantizer.zero_points.size or not bool((quantizer.scales > 0).all()):
+    if quantizer.scales.size != quantizer.zero_points.size or not bool(
+        ((quantizer.scales > 0) & np.isfinite(quantizer.scales)).all()
+    ):
         return None
     written = quantizer.output
     bounds: tuple[Array, Array] | tuple[None, None] = (None, None)
@@ -182,7 +205,7 @@ REPAIRS: Mapping[str, Repairer] = {
     "E1": regrid,
     "E2": regrid,
     "E3": regrid,
-    "E4": positive_scales,
+    "E4": usable_scales,
     "E5": broadcast_zero_point,
     "E7": float_bias,
     "E8": move_behind,
