@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import onnx_ir as ir
 
-from qonnx.graph import all_graphs
+from qonnx.graph import all_graphs, array
 
 # Elements of a weight that are looked at: training changes nearly all of them.
 _SAMPLED = 256
@@ -35,6 +35,6 @@ def fingerprint(model: ir.Model) -> str:
 
 def _add(state: hashlib.blake2b, name: str, tensor: ir.TensorProtocol) -> None:
     state.update(f"tensor\0{name}\0{tensor.dtype.name}\0{tensor.shape}\n".encode())
-    flat = np.asarray(tensor.numpy()).reshape(-1)
+    flat = np.asarray(array(tensor, name)).reshape(-1)
     few = flat[:: max(1, flat.size // _SAMPLED)]
     state.update("\0".join(map(str, few)).encode() if few.dtype == object else few.tobytes())

@@ -80,7 +80,23 @@ def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
     if value is None or value.is_graph_input():
         return None
     tensor = ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
+    return None if tensor is None else array(tensor, value.name or "")
+
+
+def array(tensor: ir.TensorProtocol, name: str) -> npt.NDArray[Any]:
+    """The elements of a stored tensor.
+
+    Args:
+        tensor: stored in the model or beside it.
+        name: what to call it in errors.
+
+    Raises:
+        ModelError: it does not have as many bytes as its shape says.
+    """
+    try:
+        return tensor.numpy()
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"weight {name!r} cannot be read ({first_line(error)}); export the model again") from error
 
 
 def is_initializer(value: ir.Value | None) -> bool:
@@ -133,8 +149,11 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     """Reads a model; weights in external data stay on disk and are mapped when touched.
 
     Raises:
-        ModelError: the file is missing, is not an ONNX model, is cut short, or its external data are.
+        ModelError: the file is missing, is not an ONNX model, is cut short, or its external data are; or the graph is
+            none that can be run, see `qonnx.validity`.
     """
+    from qonnx.validity import check_graph, sort  # which walks graphs with what stands above
+
     path = Path(path)
     if path.is_dir():
         raise ModelError(f"{path}: is a folder; give an ONNX file, such as `qonnx export` makes of a Hugging Face one")
@@ -148,6 +167,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"{path}: not an ONNX model: it declares no opset or no output; export it again")
     _add_sparse_weights(model, path)
     _check_external_data(model, path)
+    sort(model, str(path))
+    check_graph(model, str(path))
     return model
 
 

@@ -252,7 +252,9 @@ def _is_picked(value: ir.Value | None) -> bool:
         producer = None if source is None else source.producer()
     if producer is None or producer.op_type not in ("Gather", "GatherND"):
         return False
-    return is_initializer(producer.inputs[0]) and (rank(producer.inputs[0]) or 0) > 2
+    stack = rank(producer.inputs[0]) or 0
+    rows = producer.op_type == "Gather" and producer.attributes.get_int("axis", 0) % max(stack, 1) >= stack - 2
+    return is_initializer(producer.inputs[0]) and stack > 2 and not rows
 
 
 def _no_rows(node: ir.Node, recipe: Recipe) -> str:

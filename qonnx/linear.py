@@ -208,5 +208,6 @@ def _bias(node: ir.Node, channels: int) -> tuple[ir.Value | None, ir.Node | None
 
 
 def _dimension(value: ir.Value, axis: int) -> int:
-    size = value.shape[axis] if value.shape is not None else None
+    known = value.shape is not None and -value.shape.rank() <= axis < value.shape.rank()
+    size = value.shape[axis] if value.shape is not None and known else None
     return size if isinstance(size, int) else 0

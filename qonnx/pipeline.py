@@ -48,6 +48,7 @@ from qonnx.smoothing import NoSmoothing
 from qonnx.statistics import Statistics
 from qonnx.targets import Target
 from qonnx.targets import target as find_target
+from qonnx.validity import check_graph, check_operators
 from qonnx.weight_rounding import asks_for_data
 
 # The built-in recipes that need no calibration.
@@ -398,7 +399,10 @@ def _unsmoothed(prepared: ir.Model, recipe: Recipe) -> Smoothed:
 
 def _prepared(model: ModelSource, minimum_opset: int = 13) -> tuple[ir.Model, tuple[str, ...], str]:
     """The model in normal form, what was changed, and the fingerprint of what it was before."""
+    if isinstance(model, ir.Model):
+        check_graph(model, model.graph.name or "model")
     prepared = model.clone() if isinstance(model, ir.Model) else load(model)
+    check_operators(prepared)
     mark = fingerprint(prepared)
     nodes = [node for graph in all_graphs(prepared) for node in graph]
     found = next((node for node in nodes if node.op_type in _QUANTIZED_OPERATORS), None)

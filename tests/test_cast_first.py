@@ -49,7 +49,7 @@ def test_moved_up(nodes: str, operators: list[str]) -> None:
         "c = Cast <to = 1> (x) t = Transpose(c) a = Cast <to = 10> (t) f = Cast <to = 1> (a)",  # not uint8
         f"{TRANSPOSED} c = Cast <to = 9> (t) d = Cast <to = 1> (c) f = Neg(d)",  # no runtime moves much of bool
         f"{TRANSPOSED} a = Cast <to = 1> (t) k = ReduceMax(a) l = Cast <to = 9> (k) f = If (l) <"
-        "then_branch = t1 () => (float[A,B,C,D] o) { o = Cast <to = 1> (t) }, "
+        "then_branch = t1 () => (float[A,B,C,D] o) { c = Cast <to = 1> (t) o = Neg(c) }, "
         "else_branch = t2 () => (float[A,B,C,D] p) { p = Neg(a) }>",  # read in the body of another node
     ],
 )

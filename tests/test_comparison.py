@@ -220,6 +220,15 @@ def test_a_figure_about_what_all_samples_have_in_common_is_called_out(offset: fl
     assert [words in warning for warning in mostly_constant([found])] == [True] * bool(words)
 
 
+@pytest.mark.parametrize(
+    ("variation", "words"), [(-50.0, "is almost the same"), (-70.0, "is the same for every sample, but")]
+)
+def test_rounding_is_what_float32_cannot_tell(variation: float, words: str) -> None:
+    output = Difference("y", 40.0, 1, 0, 0, math.nan, 8, 0, 0, 0, variation_db=variation)
+    (warning,) = mostly_constant([output])
+    assert words in warning
+
+
 def test_outputs_that_are_equal_for_all_samples() -> None:
     """One of several may be meant so; all of them say that the model does not see the data."""
     exact = Difference("anchors", math.inf, 1, 0, 0, math.nan, 8, 0, 0, 0, variation_db=-math.inf)

@@ -201,10 +201,13 @@ ERROR_CASES = [
     Broken("E14", "to", graph("[to] u = Cast<to=2>(x) f = Cast<to=1>(u) y = Relu(f)"), REFUSED),
     Broken("E14", "cast", graph("[cast] y = Cast<to=1>(x)", x="int16[4] x"), REFUSED),
     Broken("E14", "to", graph("[to] y = Cast<to=12>(x)", y="uint32[4,64] y"), REFUSED),
+    Broken("E14", "cast", graph("[cast] y = Cast<to=1>(x)", x="uint64[4] x"), REFUSED),
 ]
 
 RESIDUAL = f"[c] c = {CONV}(x_d, k_d) [add] sum = Add(c, {{skip}}) r = Relu(sum) {pair('r')} y = {CONV}(r_d, k_d)"
+ATTENDED = f"r = MatMul(a_d, x_d) {pair('r')} [out] y = MatMul(r_d, wf)"
 CUT = f"a, b = Split<axis=1, num_outputs=2>(m) p = Softmax(a) {pair('b')} b_t = Transpose(b_d) [mix] y = MatMul(p, b_t)"
+CUT_OF_FLOAT = f"b, c = Split<axis=1, num_outputs=2>(r) {pair('b')} [mix] y = MatMul(a, b_d)"
 LAYER_NORM = "y = LayerNormalization({}, {})"
 
 WARNING_CASES = [
@@ -298,12 +301,16 @@ CLEAN_CASES = [
     ("E14", graph("y = Cast<to=2>(x)", y="uint8[4,64] y")),
     ("E14", graph("y = Identity(x)", x="uint8[4,64] x", y="uint8[4,64] y")),
     ("E14", graph("y = Shape(x)", x="uint8[4,64] x", y="int64[2] y")),
+    ("E14", graph("y = Equal(x, v)", x="uint8[4] x, uint8[4] v", y="bool[4] y")),
+    ("E14", graph("y = CastLike(x, s)", x="uint8[4] x")),
+    ("E14", graph("l = Gather(bytes, x) y = Cast<to=1>(l)", "uint8[4] bytes = {1, 2, 3, 4}", x="int64[4] x")),
+    ("E14", graph("y = com.acme.Wobble(x)", x="uint8[4] x")),
     ("W2", graph(f"{pair()} w_d = DequantizeLinear<axis=0>(w, s64, z64) w_t = Transpose(w_d) y = MatMul(x_d, w_t)")),
     ("W2", graph(f"{pair()} w_d = DequantizeLinear<axis=0>(w, s64, z64) y = Gemm<transB=1>(x_d, w_d)")),
     ("W2", graph(f"{pair()} k_d = DequantizeLinear<axis=1>(k, s16, z16) y = ConvTranspose(x_d, k_d)", x=IMAGE)),
     ("W3", graph("y = MatMul(x, wf)")),
     ("W3", graph(f"{pair()} {DQ_W} m = MatMul(x_d, w_d) {CUT}")),
-    ("W3", graph(f"{pair()} r = MatMul(x_d, x_d) {pair('r')} y = MatMul(r_d, wf)", x="float[64,64] x")),
+    ("W3", graph(f"{pair()} a = Softmax(x) {pair('a')} {ATTENDED}", x="float[64,64] x")),
     ("W4", graph(f"r = Relu(x) {pair('r')} r4 = Reshape(r_d, square) {DQ_W} y = MatMul(r4, w_d)", x="float[64,64] x")),
     ("W5", graph(f"{pair()} r = Relu(x_d) {pair('r', 't')} {DQ_W} y = MatMul(r_d, w_d)")),
     (
@@ -345,8 +352,15 @@ def test_a_graph_that_keeps_the_rule_is_clean(rule: str, model: ir.Model) -> Non
 
 
 def test_the_result_of_a_layer_is_rounded_for_nothing_where_the_next_one_is_in_float() -> None:
-    (finding,) = lint(graph(f"{pair()} {DQ_W} r = MatMul(x_d, w_d) {pair('r')} [out] y = MatMul(r_d, wf)"))
-    assert (finding.rule, finding.node) == ("W3", "out")
+    square = "float[64,64] x"
+    for model in (
+        graph(f"{pair()} {DQ_W} r = MatMul(x_d, w_d) {pair('r')} [out] y = MatMul(r_d, wf)"),
+        graph(f"{pair()} a = Relu(x) {pair('a')} {ATTENDED}", x=square),  # no attention
+        graph(f"{pair()} r = MatMul(x, x) a = Softmax(r) {CUT_OF_FLOAT}", x=square),
+        graph(f"{pair()} {DQ_W} m = MatMul(x_d, w_d) {CUT.replace('p = Softmax', 'p = Relu')}"),
+    ):
+        (finding,) = lint(model)
+        assert (finding.rule, finding.node) == ("W3", "out" if "out" in {node.name for node in model.graph} else "mix")
 
 
 def test_every_rule_has_its_graphs() -> None:
@@ -592,6 +606,35 @@ def test_an_affine_weight_gets_the_symmetric_grid_of_its_range() -> None:
     assert codes.const_value is not None
     step = np.float32(155 * 0.05 / 127)
     np.testing.assert_allclose(codes.const_value.numpy() * step, symmetric(values, step), rtol=1e-5)
+
+
+INFINITE = "float inf = {inf}, float nan = {nan}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "q = QuantizeLinear(x, inf, z) y = DequantizeLinear(q, inf, z)",  # the pair makes the output
+        "q = QuantizeLinear(x, inf, z) y = Relu(x)",  # nothing reads it
+        "q = QuantizeLinear(x, inf, z) c = Clip(q) d = DequantizeLinear(c, inf, z) y = Relu(d)",
+    ],
+)
+def test_some_pairs_that_no_scale_fits_cannot_be_removed(body: str) -> None:
+    fixed = fix(graph(body, INFINITE))
+    assert "E4" not in {each.rule for each in fixed.fixes}
+    assert "E4" in {finding.rule for finding in fixed.findings}
+    ir.to_proto(fixed.model)
+
+
+@pytest.mark.parametrize("scale", ["inf", "nan"])
+def test_codes_are_not_stored_where_no_scale_fits(scale: str, tmp_path: Path) -> None:
+    model = graph(
+        f"{pair('masks', scale=scale)} m = Add(masks_d, x) y = Softmax(m)", f"{INFINITE}, {tensor('float masks', 64)}"
+    )
+    exact = fix(model, exact_only=True)
+    save(exact.model, tmp_path / "exact.onnx")
+    assert not exact.fixes
+    assert operators(repaired(model, exact=False).model) == ["Add", "Softmax"]
 
 
 @pytest.mark.parametrize("mask", ["x", "masks"])

@@ -103,6 +103,7 @@ def test_default_options_are_told_of_where_they_cost_something() -> None:
         "in a session with ONNX Runtime's default options, output b keeps 15.0 dB on this CPU, not 30.0"
     )
     assert by_default(measured(40, 30), measured(39.5, 31)) == ()
+    assert by_default(measured(math.inf), measured(150)) == ()
     (note,) = by_default(measured(40), ModelError("q.onnx: no kernel"))
     assert "default options does not run this file (q.onnx: no kernel): set session.x64quantprecision=1" in note
     (note,) = by_default(measured(40, 30), measured(40, 30, nonfinite=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from typing import Annotated
@@ -25,6 +26,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
             signal.signal(number, signal.default_int_handler)  # clean up, as on Ctrl-C
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # of what it warns of our own errors tell
     try:
         # Without arguments: the help.
         code = app(sys.argv[1:] or ["--help"], prog_name="qonnx", standalone_mode=False) or 0

@@ -119,7 +119,7 @@ def _wrapped(line: Text, console: Console) -> Iterator[Text]:
     """Broken between words, the following lines further in than the first; where columns precede, under the last."""
     from rich.text import Text
 
-    column = re.match(r"\S.{0,12}? {2,}", line.plain)
+    column = re.match(r"\S.{0,12}? {2,}| {6,}", line.plain)
     text = line.plain[column.end() :] if column else line.plain.lstrip()
     first = line.plain[: len(line.plain) - len(text)]
     indent = " " * (len(first) if column else len(first) + 2)

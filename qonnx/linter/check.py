@@ -65,8 +65,9 @@ def lint(model: ir.Model | str | os.PathLike[str], *, target: str = "a800") -> t
 def fix(model: ir.Model | str | os.PathLike[str], *, target: str = "a800", exact_only: bool = False) -> Fixed:
     """Repairs what can be repaired without calibration data.
 
-    Most repairs change no value. Two are approximate, for codes with a zero point that cannot be shifted to 0: the pair
-    is removed where all that reads it computes in float, and gets the symmetric grid of the same range elsewhere.
+    Most repairs change no value. Approximate are those of codes with a zero point that cannot be shifted to 0 (the pair
+    is removed where all that reads it computes in float, and gets the symmetric grid of the same range elsewhere) and
+    of scales that are not finite (the pair is removed).
     `Fix.exact` tells, and `qonnx.compare` measures what came of it.
 
     Args:

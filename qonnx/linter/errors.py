@@ -32,9 +32,10 @@ from qonnx.linter.view import (
 from qonnx.sizes import dynamic_dimensions
 
 _ACCEPTED = frozenset({ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT4E2M1})
+_READS_UINT8 = frozenset({"Cast", "Equal", "Identity", "Shape", "Size"})
 _UNKNOWN_TYPES = frozenset({
     ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64, ir.DataType.STRING,
-    ir.DataType.COMPLEX64, ir.DataType.COMPLEX128,
+    ir.DataType.COMPLEX64, ir.DataType.COMPLEX128, ir.DataType.FLOAT8E5M2, ir.DataType.UINT4,
 })  # fmt: skip
 _HALVES = frozenset({ir.DataType.INT4, ir.DataType.FLOAT4E2M1})
 
@@ -354,18 +355,20 @@ def e14_type(site: Site) -> Finding | None:
     for value in (*node.inputs, *node.outputs):
         if value is not None and value.dtype in _UNKNOWN_TYPES:
             message = f"{value.name!r} is {value.dtype.name.lower()}, a type that TensorRT does not have"
-            return site.error("E14", message, "use int32, int64 or float, also for inputs")
-    casts = node.op_type in ("Cast", "Identity")
-    for value in node.inputs if not casts and node.op_type != "Shape" else ():
-        if value is not None and value.dtype is ir.DataType.UINT8 and value.is_graph_input():
-            message = (
-                f"{node.op_type} reads {value.name!r}, which is uint8: TensorRT has a Cast for that and nothing else"
-            )
-            return site.error("E14", message, f"cast to float first, then {node.op_type}: `qonnx quantize` does")
-    written = node.outputs[0] if casts else None
+            numeric = value.dtype is not ir.DataType.STRING
+            remedy = "use int32, int64 or float, also for inputs" if numeric else "compute it outside of the graph"
+            return site.error("E14", message, remedy)
+    for index, value in enumerate(node.inputs if node.op_type not in _READS_UINT8 else ()):
+        if value is None or value.dtype is not ir.DataType.UINT8 or not value.is_graph_input():
+            continue
+        if (node.op_type, index) == ("CastLike", 0):
+            continue
+        message = f"{node.op_type} reads {value.name!r}, which is uint8: TensorRT has a Cast for that and little else"
+        return site.error("E14", message, f"cast to float first, then {node.op_type}")
+    written = node.outputs[0] if node.op_type in ("Cast", "Identity") else None
     if written is not None and written.dtype is ir.DataType.UINT8 and not written.is_graph_output():
         message = f"{node.op_type} makes {written.name!r}, which is uint8: TensorRT has it for inputs and outputs only"
-        return site.error("E14", message, "cast to int32 instead")
+        return site.error("E14", message, "cast to int32 instead" if node.op_type == "Cast" else "remove the Identity")
     return None
 
 

@@ -27,7 +27,7 @@ class Repair(enum.StrEnum):
     """The graph computes the same afterwards, within float rounding."""
 
     APPROXIMATE = "approximate"
-    """Values are rounded to another grid of the same range afterwards."""
+    """Values are rounded to another grid of the same range afterwards, or no longer."""
 
 
 class Finding(msgspec.Struct, frozen=True):

@@ -38,8 +38,12 @@ def _is_boundless(quantizer: Quantizer) -> bool:
     if not quantizer.quantizes or quantizer.scales is None or np.isfinite(quantizer.scales).all():
         return False
     following = [dequantizer_of(usage.node.outputs[0]) for usage in quantizer.output.uses() if usage.idx == 0]
-    only = len(following) == len(quantizer.output.uses()) and not quantizer.output.is_graph_output()
-    return only and all(each is not None and each.output.dtype == quantizer.data.dtype for each in following)
+    if not following or len(following) != len(quantizer.output.uses()) or quantizer.output.is_graph_output():
+        return False
+    return all(
+        each is not None and each.output.dtype == quantizer.data.dtype and not each.output.is_graph_output()
+        for each in following
+    )
 
 
 def _dead_channels_repair(quantizer: Quantizer) -> Repair:

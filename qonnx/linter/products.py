@@ -85,12 +85,11 @@ def thin_matrix(node: ir.Node) -> str:
     summed, columns, rows = left[-1] or right[-2], right[-1], left[-2]
     if summed is not None and summed < _TILE:
         return f"sums over {summed} elements"
-    if columns is not None and columns < _TILE:
+    weights = [found is not None and found.weight is not None for found in map(dequantizer_behind, node.inputs[:2])]
+    # A row or column takes as long as reading the weight, which is half as many bytes as in half precision.
+    if columns is not None and columns < _TILE and not (columns == 1 and weights[0]):
         return f"has {columns} columns"
-    weight = dequantizer_behind(node.inputs[1])
-    if weight is not None and weight.weight is not None:
-        return ""  # one row takes as long as reading the weight, which is half as many bytes as in half precision
-    return "has one row" if all(size == 1 for size in left[:-1]) and rows == 1 else ""
+    return "has one row" if all(size == 1 for size in left[:-1]) and rows == 1 and not weights[1] else ""
 
 
 def thin_convolution(node: ir.Node) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qonnx.attention import CUTS, projection
+from qonnx.attention import CUTS, is_probability, projection
 from qonnx.linear import CONVOLUTIONS
 from qonnx.linter.findings import Finding
 from qonnx.linter.fixes import clip_bounds, float_operands_repair, repeated_repair, stored_float_repair
@@ -99,9 +99,9 @@ def w3_one_operand(site: Site) -> Finding | None:
     """W3: both operands of a product are quantized, or neither.
 
     With one of them it multiplies in float (guide: insert Q/DQ at both inputs). A weight alone in INT8 only saves
-    memory; int4 is made for that, and is no finding. Nor is one part of what a quantized projection makes, such as the
-    values of an attention in float: rounded, it keeps the compiler from cutting the projection up into float products;
-    nor the result of an attention, which is one kernel on integers only where that is rounded, too.
+    memory; int4 is made for that, and is no finding. Nor are the values of an attention in float that are one part of
+    what a quantized projection makes: rounded, they keep the compiler from cutting the projection up into float
+    products; nor the result of an attention, which is one kernel on integers only where that is rounded, too.
     """
     node = site.node
     operands = operands_of(node)
@@ -113,7 +113,7 @@ def w3_one_operand(site: Site) -> Finding | None:
     bare = node.inputs[quantized.index(False)]
     if _behind_elementwise(bare) is not None:
         return None  # W4
-    if any(_is_rounded_for_its_producer(operand) for operand in operands):
+    if any(_is_rounded_for_its_producer(operand, bare) for operand in operands):
         return None
     return site.warning(
         "W3",
@@ -122,8 +122,8 @@ def w3_one_operand(site: Site) -> Finding | None:
     )
 
 
-def _is_rounded_for_its_producer(operand: Quantizer | None) -> bool:
-    """Whether an operand is one part of what a product on integers made, or the result of one of two activations."""
+def _is_rounded_for_its_producer(operand: Quantizer | None, bare: ir.Value | None) -> bool:
+    """Whether an operand is one part of what a product on integers made, or the result of an attention on integers."""
     quantizer = None if operand is None else quantizer_of(operand.data.producer())
     if quantizer is None:
         return False
@@ -131,7 +131,9 @@ def _is_rounded_for_its_producer(operand: Quantizer | None) -> bool:
     factors = None if made_by is None else operands_of(made_by)
     if factors is None or any(factor is None for factor in factors):
         return False
-    return is_op(cut, CUTS) or all(factor is not None and factor.weight is None for factor in factors)
+    rounded = [quantizer_of(factor.data.producer()) for factor in factors if factor is not None]
+    attends = any(is_probability(each.data) for each in rounded if each is not None)
+    return attends or (is_op(cut, CUTS) and is_probability(bare))
 
 
 def w4_operator_between(site: Site) -> Finding | None:
