@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import qonnx
+from qonnx.graph import load
 from qonnx.passes.cast_first import CastFirst
 from qonnx.passes.infer_shapes import InferShapes
 from tests.graphs import model_of
@@ -71,3 +72,12 @@ def test_an_image_in_uint8_makes_an_engine(tmp_path: Path) -> None:
     qonnx.quantize(model, batches, tmp_path / "q.onnx")
     report = qonnx.build_engine(tmp_path / "q.onnx", tmp_path / "q.plan")
     assert report.layers
+
+
+@pytest.mark.parametrize(("target", "first"), [("a800", "Cast"), ("ort-cpu", "Transpose")])
+def test_on_a_cpu_it_would_cost_time(target: str, first: str, tmp_path: Path) -> None:
+    text = (
+        f"g (uint8[2,6,6,3] x, float[3,3] w) => (float[2,3,6,6] y) {{ {TRANSPOSED} c = Cast <to = 1> (t) y = Neg(c) }}"
+    )
+    qonnx.quantize(model_of(text, weights="w"), None, tmp_path / "q.onnx", target=target, recipe="w8")
+    assert load(tmp_path / "q.onnx").graph.node(0).op_type == first

@@ -841,6 +841,10 @@ def test_a_terminal_shows_progress_and_wraps_between_words(folder: Path) -> None
     assert not [line for line in result.splitlines() if len(line) > 80]
     assert re.search(r"\ngraph {5}99\.25 dB .*\n {10}\S", result)  # sentences are folded in their column
     assert "measure the task" in " ".join(result.split())
+    assert re.search(r"\n {10}\d.* without embedding tables, which stay in float\n", result)
+    bounds = re.sub(r"\x1b\[[\d;?]*\w", "", terminal("roofline model.onnx", folder)).replace("\r\n", "\n")
+    facts = bounds[bounds.index("fp16  ") : bounds.index("layers, slowest first")]
+    assert max(map(len, facts.splitlines())) <= 80
 
 
 def terminal(line: str, cwd: Path) -> str:

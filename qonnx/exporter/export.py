@@ -41,7 +41,9 @@ EXTERNAL_DATA_BYTES = 1024 * 1024
 INLINE_BYTES = 1024
 
 # Whose lines are no part of the module that is exported.
-_NOT_THE_USERS = frozenset(sys.stdlib_module_names) | {"onnx", "onnx_ir", "onnxscript", "qonnx", "torch"}
+_NOT_THE_USERS = frozenset(sys.stdlib_module_names) | {
+    "numpy", "onnx", "onnx_ir", "onnxscript", "qonnx", "sympy", "torch",
+}  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
