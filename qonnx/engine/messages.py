@@ -12,7 +12,9 @@ from qonnx.graph import FLOAT_REASON
 
 _CODED = re.compile(r"Error Code \d+: [^(]*\((.*?)\.? In \w+ at ", re.DOTALL)
 _SOURCE = re.compile(r"^(?:\[[^\]]*\] |\w+\.[ch]pp:\d+: )")
-_NO_PLUGIN = re.compile(r"^(?:\w+ )?plugin (?:creator .*)?not found(?:,|$)", re.IGNORECASE)
+_NO_PLUGIN = re.compile(
+    r"^(?:\w+ )?plugin (?:creator version \S+ was )?not found(?:[,.]| in plugin registry|$)", re.IGNORECASE
+)
 _QUOTED = re.compile(r'&& "(.*)"')
 
 
