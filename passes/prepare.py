@@ -18,7 +18,6 @@ from onnx_ir.passes.common import (
     RemoveUnusedFunctionsPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
-    TopologicalSortPass,
 )
 
 from qonnx.errors import ModelError
@@ -35,6 +34,7 @@ from qonnx.passes.pool_globally import PoolGlobally
 from qonnx.passes.raise_opset import RaiseOpset, opset
 from qonnx.passes.rewrite_einsum import RewriteEinsum
 from qonnx.text import count
+from qonnx.validity import sort
 
 # The first version of the file format in which a weight need not be an input with a default value.
 _WEIGHTS_ARE_NO_INPUTS = 4
@@ -55,7 +55,7 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
         ModelError: the graph has a cycle, a function that calls itself, or cannot be brought to `minimum_opset`.
     """
     notes: list[str] = []
-    _sort(model)
+    sort(model, model.graph.name or "model")
     _open_negative_sizes(model)
     notes += _fix_defaults(model)
     interface = _Interface(model)
@@ -80,7 +80,7 @@ def prepare(model: ir.Model, *, minimum_opset: int = 13, fuse: bool = True) -> t
     notes += _listed("wrote", _operators(model) - before, "in one node each")
     _attempt(FoldConstants(), model, notes)
     NameNodes()(model)
-    _sort(model)
+    sort(model, model.graph.name or "model")
     _attempt(InferShapes(), model, notes)
     RemoveUnusedOpsetsPass()(model)
     interface.restore(model)
@@ -111,13 +111,6 @@ def _attempt(step: ir.passes.InPlacePass, model: ir.Model, notes: list[str]) -> 
         step(model)
     except ModelError as error:
         notes.append(f"{error}; continuing without")
-
-
-def _sort(model: ir.Model) -> None:
-    try:
-        TopologicalSortPass()(model)
-    except ValueError as error:
-        raise ModelError(f"the nodes of the model depend on each other in a cycle ({first_line(error)})") from error
 
 
 def _fold(model: ir.Model, notes: list[str]) -> None:

@@ -31,7 +31,7 @@ _MOSTLY_CONSTANT_DB = 10.0
 _LITTLE_DB = 16.0
 
 # Of float32, which has 24 bits, what differs by less than this is rounding.
-_ROUNDING_DB = 100.0
+ROUNDING_DB = 100.0
 
 # Elements that are converted to float64 at a time.
 _CHUNK = 1 << 20
@@ -192,7 +192,7 @@ def mostly_constant(outputs: Sequence[Difference]) -> tuple[str, ...]:
 
 
 def _common(output: Difference) -> str:
-    if output.variation_db < output.sqnr_db - _ROUNDING_DB:
+    if output.variation_db < output.sqnr_db - ROUNDING_DB:
         return (
             f"output {output.name} is the same for every sample, but for rounding: its {output.sqnr_db:.1f} dB say "
             "nothing; check the model and the data"

@@ -8,7 +8,7 @@ import msgspec
 import onnx_ir as ir
 
 from qonnx.attempts import Attempt
-from qonnx.comparison import Comparison, mostly_constant
+from qonnx.comparison import ROUNDING_DB, Comparison, mostly_constant
 from qonnx.data import HoldOut
 from qonnx.diagnostics import Diagnostics
 from qonnx.errors import QonnxError
@@ -25,7 +25,6 @@ _SHARED = "Attempt to replace the existing tensor"
 
 # Differences that are not worth a word: kernels round in other places.
 _NOTICED_DB = 1.0
-_ROUNDING_DB = 100.0
 _NOTICED_SHARE = 0.01
 
 
@@ -143,7 +142,7 @@ def by_default(measured: Comparison, usual: Comparison | QonnxError) -> tuple[st
     where = "in a session with ONNX Runtime's default options, output"
     if broken := [other.name for ours, other in pairs if other.nonfinite > ours.nonfinite]:
         return (f"{where} {broken[0]} has values that are not finite on this CPU: {remedy}",)
-    worse = [(ours, other) for ours, other in pairs if other.sqnr_db < min(ours.sqnr_db - _NOTICED_DB, _ROUNDING_DB)]
+    worse = [(ours, other) for ours, other in pairs if other.sqnr_db < min(ours.sqnr_db - _NOTICED_DB, ROUNDING_DB)]
     if worse:
         ours, other = min(worse, key=lambda pair: pair[1].sqnr_db)
         return (f"{where} {other.name} keeps {other.sqnr_db:.1f} dB on this CPU, not {ours.sqnr_db:.1f}: {remedy}",)

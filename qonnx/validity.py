@@ -6,6 +6,7 @@ Everything else relies on it, and would stop somewhere in the middle.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnx_ir.passes.common import TopologicalSortPass
@@ -96,15 +97,23 @@ def check_operators(model: ir.Model) -> None:
 
 
 def _late(model: ir.Model) -> ir.Node | None:
-    """A node that stands before one whose result it reads, in the same graph or with a body."""
+    """A node that stands before one whose result it or a body of it reads."""
     for graph in all_graphs(model):
         order = {node: number for number, node in enumerate(graph)}
         for node in graph:
-            for value in node.inputs:
+            for value in _read(node):
                 producer = None if value is None else value.producer()
                 if producer in order and order[producer] >= order[node]:
                     return node
     return None
+
+
+def _read(node: ir.Node) -> Iterator[ir.Value | None]:
+    """What a node reads, and what the nodes in its bodies do."""
+    yield from node.inputs
+    for body in subgraphs(node):
+        for inner in body:
+            yield from _read(inner)
 
 
 def _called(node: ir.Node) -> str:

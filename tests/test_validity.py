@@ -95,6 +95,14 @@ def test_nodes_in_any_order_are_sorted(tmp_path: Path) -> None:
         check_graph(unsorted, "model")
 
 
+def test_a_body_counts_as_what_it_reads(tmp_path: Path) -> None:
+    branches = "then_branch = a () => (float[2] o) { o = Neg(h) }, else_branch = b () => (float[2] p) { p = Neg(x) }"
+    body = f"t = ReduceMax <keepdims = 0> (x) l = Cast <to = 9> (t) y = If (l) <{branches}> h = Neg(x)"
+    model = load(written(body, tmp_path))
+    assert [node.op_type for node in model.graph][-1] == "If"
+    assert session(model).run({"x": np.ones(2, np.float32)})["y"].tolist() == [1, 1]
+
+
 def test_a_weight_that_is_cut_short_is_named(tmp_path: Path) -> None:
     path = written("y = Add(x, w)", tmp_path)
     proto = onnx.load(path)
