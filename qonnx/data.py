@@ -28,7 +28,7 @@ def batches(data: Any, inputs: Sequence[InputSpec], *, max_batches: int | None =
     * a dict of arrays by input name, or one array or tensor;
     * an iterable of batches: a list, a generator, a torch `DataLoader` ... Each is a dict by input name, a tuple or
       list in input order, or one array for a model with one input. A tuple or list may carry the labels as one further
-      element, `(x, labels)` or `((x, mask), labels)`: they are dropped;
+      element, `(x, labels)` or `((x, mask), labels)`, and a dict may hold more than the inputs: these are dropped;
     * a function without arguments that returns one of the above.
 
     Samples for a model whose batch size is fixed may come all at once: they are cut to that size. Torch tensors become
@@ -276,13 +276,10 @@ def _named(given: Any, inputs: Sequence[InputSpec], source: str) -> dict[str, An
                 f"{source}: holds {len(values)} arrays, the model has {len(expected)} inputs: {_listed(expected)}"
             )
         return dict(zip(expected, values, strict=True))
-    unknown = [str(name) for name in given if name not in expected]
     missing = [name for name in expected if name not in given]
     if missing:
         raise DataError(f"{source}: input {missing[0]!r} is missing; given {_listed(map(str, given))}")
-    if unknown:
-        raise DataError(f"{source}: {unknown[0]!r} is not an input; leave it out: inputs are {_listed(expected)}")
-    return dict(given)
+    return {name: given[name] for name in expected}
 
 
 def _checked(given: Batch, inputs: Sequence[InputSpec], source: str) -> Batch:

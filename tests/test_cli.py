@@ -233,7 +233,6 @@ BAD_DATA: dict[str, tuple[Setup, str]] = {
     "text named npz": (lambda folder: (folder / "calib" / "2.npz").write_text("x"), "2.npz: cannot be read"),
     "no arrays": (lambda folder: np.savez(folder / "calib" / "2.npz"), "2.npz: input 'x' is missing"),
     "wrong name": (saved(lambda batch: batch.update(image=batch.pop("x"))), "input 'x' is missing; given ids, image"),
-    "extra name": (saved(lambda batch: batch.update(label=batch["ids"])), "'label' is not an input"),
     "wrong size": (
         saved(lambda batch: batch.update(x=batch["x"][:, 1:])),
         "shape [8, 31], the model takes [batch, 32]",
