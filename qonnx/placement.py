@@ -10,7 +10,7 @@ This file decides from the graph alone; `qonnx.plan` adds the numbers. To quanti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -195,8 +195,8 @@ def _extend(
 ) -> set[str]:
     """Adds edges around quantized layers, so that what lies between them stays on integers; returns the nodes added."""
     added: set[str] = set()
-    if target.quantize_outputs:
-        _quantize_outputs(graph, quantized, activations)
+    for written, edges in written_by_convolutions(graph, quantized, target):
+        activations.setdefault(written, set()).update(edges)
     for node in reversed(list(graph)):
         if not node.outputs or node.domain not in ("", "ai.onnx"):
             continue
@@ -230,13 +230,24 @@ def written_edges(node: ir.Node) -> tuple[str, tuple[Edge, ...]]:
     return output.name or "", tuple(Edge(usage.node.name or "", usage.idx) for usage in output.uses())
 
 
-def _quantize_outputs(graph: ir.Graph, quantized: set[str], activations: dict[str, set[Edge]]) -> None:
-    """Quantizes what each quantized convolution writes, for all of its readers."""
-    for node in graph:
+def written_by_convolutions(
+    graph: ir.Graph, quantized: Collection[str], target: Target
+) -> Iterator[tuple[str, tuple[Edge, ...]]]:
+    """What each quantized convolution writes, if the target runs it on integers only where that is quantized, too.
+
+    Args:
+        graph: the main graph.
+        quantized: the names of the quantized layers.
+        target: the consumer of the quantized graph.
+
+    Yields:
+        A value, and all edges that read it, layers in float among them.
+    """
+    for node in graph if target.quantize_outputs else ():
         if node.name in quantized and node.op_type in CONVOLUTIONS:
             value, edges = written_edges(node)
             if edges and value:
-                activations.setdefault(value, set()).update(edges)
+                yield value, edges
 
 
 def _tie_inputs(

@@ -7,6 +7,7 @@ person can read it, compare two of them, edit one, and feed it back with `--plan
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -184,13 +185,20 @@ def unsigned(tensor: TensorPlan) -> TensorPlan:
     return msgspec.structs.replace(tensor, dtype=Dtype.UINT8, zero_point=zero_point)
 
 
-def without_left_layers(plan: QuantPlan) -> QuantPlan:
-    """The plan without the edges of layers that carry a reason to stay in float: a reason written by hand counts."""
+def without_left_layers(plan: QuantPlan, needed: Collection[Edge] = ()) -> QuantPlan:
+    """The plan without the edges of layers that carry a reason to stay in float: a reason written by hand counts.
+
+    Args:
+        plan: the plan.
+        needed: edges that stay whatever reads them, because what writes the tensor needs them.
+    """
     left = {layer.node for layer in plan.float_layers}
 
     def kept(tensors: tuple[TensorPlan, ...]) -> tuple[TensorPlan, ...]:
         thinned = [
-            msgspec.structs.replace(tensor, edges=tuple(edge for edge in tensor.edges if edge.node not in left))
+            msgspec.structs.replace(
+                tensor, edges=tuple(edge for edge in tensor.edges if edge.node not in left or edge in needed)
+            )
             for tensor in tensors
         ]
         return tuple(new for new, old in zip(thinned, tensors, strict=True) if new.edges or not old.edges)

@@ -327,6 +327,22 @@ def test_a_reason_written_by_hand_keeps_a_layer_in_float(float_file: Path, tmp_p
     assert "w2" not in model.graph.initializers
 
 
+def test_a_plan_keeps_what_a_convolution_writes_on_integers_for_a_layer_in_float(tmp_path: Path) -> None:
+    """ONNX Runtime runs a convolution on integers only where its result is quantized, whoever reads that."""
+    text = (
+        "g (float[n,8,6,6] x, float[16,8,3,3] w, float[4,16,1,1] w2) => (float[n,4,4,4] y) "
+        "{ [wide] a = Conv(x, w) r = Relu(a) [narrow] y = Conv(r, w2) }"
+    )
+    model = model_of(text, weights="w w2", scale=0.2)
+    rng = np.random.default_rng(0)
+    stream = [{"x": rng.standard_normal((8, 8, 6, 6)).astype(np.float32)} for _ in range(10)]
+    result = qonnx.quantize(model, stream, tmp_path / "one.onnx", target="ort-cpu")
+    assert [layer.node for layer in result.plan.float_layers] == ["narrow"]
+    again = qonnx.quantize(model, stream, tmp_path / "two.onnx", target="ort-cpu", plan=result.plan)
+    assert again.plan == result.plan
+    assert (tmp_path / "two.onnx").read_bytes() == (tmp_path / "one.onnx").read_bytes()
+
+
 def test_a_plan_for_another_target_is_refused(float_file: Path, tmp_path: Path) -> None:
     plan = qonnx.quantize(float_file, data(), tmp_path / "one.onnx", target="ort-cpu").plan
     with pytest.raises(TargetError, match="made for ort-cpu"):
