@@ -326,21 +326,26 @@ def _behind(
 
 
 def _restore_taps(rescaling: Rescaling, names: Names) -> None:
-    """Gives every other reader of the channels what it read before: x = s x~ + z."""
+    """Gives every other reader of the channels what it read before: x = s x~ + z.
+
+    Where it reads channels of another group, too, these may have been given back already.
+    """
     scale, shift = rescaling.scale, rescaling.offset
     changed = (scale != 1) | (shift != 0)
     restored: dict[ir.Value, ir.Value] = {}
     for tap in rescaling.group.taps:
         if tap.node is None or not changed[tap.channels.present].any():
             continue
-        if tap.value not in restored:
-            value = tap.value
+        read = tap.node.inputs[tap.input]
+        assert read is not None
+        if read not in restored:
+            value = read
             if (scale != 1).any():
                 value = _behind(value, tap, "Mul", scale, 1.0, names, "unscaled")
             if shift.any():
                 value = _behind(value, tap, "Add", shift, 0.0, names, "restored")
-            restored[tap.value] = value
-        tap.node.replace_input_with(tap.input, restored[tap.value])
+            restored[read] = value
+        tap.node.replace_input_with(tap.input, restored[read])
 
 
 def _add_behind(value: ir.Value, node: ir.Node, bias: ir.TensorProtocol, names: Names) -> None:

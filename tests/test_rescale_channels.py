@@ -146,6 +146,18 @@ def test_readers_of_one_tensor_share_their_mul_and_add() -> None:
     assert (found.count("Mul"), found.count("Add"), found.count("Sub")) == (1, 3, 1)
 
 
+def test_a_reader_of_two_groups_gets_the_channels_of_both_back() -> None:
+    """The second Mul stood in the place of the first one."""
+    model = prepared(
+        "g (float[2,6,16] x, float[16,16] w, float[16] s, float[32,32] w2) => (float[2,6,32] y) "
+        "{ h = MatMul(x, w) n = LayerNormalization(x, s) c = Concat <axis = -1> (h, n) z = MatMul(c, w2) "
+        "y = Add(c, z) }",
+        "w s w2",
+    )
+    groups = rescale_everything(model, residual=Residual.MUL)
+    assert [len(group.taps) for group in groups if not group.reason] == [1, 1]
+
+
 def test_factors_alone_need_no_add() -> None:
     text = (
         "g (float[2,3,4] x, float[4] g, float[4] b, float[4,5] w2) => (float[2,3,5] z, float[2,3,4] p)"
