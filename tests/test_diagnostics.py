@@ -1,6 +1,7 @@
 import itertools
 import math
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,19 @@ def test_channels_of_zeros_make_no_outliers_of_the_others(share: float) -> None:
     x[:, 5] = 60
     x[:, :4] = 1
     assert outlier_consistency(x).constant == (5,)
+
+
+def test_many_samples_are_not_all_compared_with_each_other() -> None:
+    """Matrices of one token a row have as many samples as tokens: all pairs of these were gigabytes, and minutes."""
+    x = np.ones((5000, 64), np.float32)
+    x[:1000, 3] = 100
+    tracemalloc.start()
+    found = outlier_consistency(x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32e6  # all pairs are 100 MB, once
+    assert found.outliers == pytest.approx(0.2)
+    assert found.jaccard == pytest.approx(0.04 / 0.36, rel=0.02)  # a pair has it in both, and in one at least
 
 
 def test_no_outliers() -> None:
