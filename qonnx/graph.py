@@ -145,6 +145,10 @@ def parameters(model: ir.Model) -> tuple[int, int]:
     return sum(int(tensor.size) for tensor in tensors), sum(int(tensor.nbytes) for tensor in tensors)
 
 
+# What exporters write for a size that they do not know, in the place of a name: two such sizes need not be equal.
+PLACEHOLDERS = frozenset({"?", "-1", "None"})
+
+
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Reads a model; weights in external data stay on disk and are mapped when touched.
 
@@ -167,9 +171,19 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
         raise ModelError(f"{path}: not an ONNX model: it declares no opset or no output; export it again")
     _add_sparse_weights(model, path)
     _check_external_data(model, path)
+    _forget_placeholders(model)
     sort(model, str(path))
     check_graph(model, str(path))
     return model
+
+
+def _forget_placeholders(model: ir.Model) -> None:
+    """Takes the name off dimensions that are called unknown, each of which may have another size."""
+    for graph in all_graphs(model):
+        for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+            sizes = [size if isinstance(size, int) else size.value for size in value.shape or ()]
+            if not PLACEHOLDERS.isdisjoint(sizes):
+                value.shape = ir.Shape([None if size in PLACEHOLDERS else size for size in sizes])
 
 
 def _add_sparse_weights(model: ir.Model, path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qonnx.errors import DataError, DependencyError, ModelError
-from qonnx.graph import all_graphs, first_line, load
+from qonnx.graph import PLACEHOLDERS, all_graphs, first_line, load
 
 Array = npt.NDArray[Any]
 
@@ -138,8 +138,7 @@ class Session:
             raise ModelError(f"{self._origin}: input {value.name!r} is a {value.type}; only tensors can be fed")
         if dtype is not ir.DataType.STRING and dtype.bitwidth < 8:
             raise ModelError(f"{self._origin}: input {value.name!r} is {value.type}; feed int8 and cast in the graph")
-        sizes = tuple(None if isinstance(size, int) and size < 0 else size for size in value.shape)
-        return InputSpec(value.name, np.dtype(dtype.numpy()), sizes or None)
+        return InputSpec(value.name, np.dtype(dtype.numpy()), tuple(map(_size, value.shape)) or None)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Runs the graph once.
@@ -327,10 +326,15 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
             continue
         if value.dtype is None or not isinstance(value.type, ir.TensorType):
             raise ModelError(f"{model.graph.name or 'model'}: input {value.name!r} is not declared as a tensor")
-        sizes = [size if isinstance(size, int) else size.value for size in value.shape or ()]
-        shape = None if value.shape is None else tuple(sizes)
+        sizes = (size if isinstance(size, int) else size.value for size in value.shape or ())
+        shape = None if value.shape is None else tuple(map(_size, sizes))
         specs.append(InputSpec(value.name or "", np.dtype(value.dtype.numpy()), shape))
     return tuple(specs)
+
+
+def _size(size: int | str | None) -> int | str | None:
+    """A size or its name; None where there is neither."""
+    return None if size in PLACEHOLDERS or (isinstance(size, int) and size < 0) else size
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

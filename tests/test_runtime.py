@@ -6,12 +6,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
 
 from qonnx import runtime
+from qonnx.comparison import compare
 from qonnx.errors import DataError, DependencyError, ModelError
+from qonnx.graph import load
 from qonnx.runtime import Device, InputSpec, Optimization, Session, input_specs, session, with_outputs
 
 HEADER = '<ir_version: 10, opset_import: ["" : 21]>'
@@ -56,6 +59,23 @@ def test_inputs_and_outputs_are_described() -> None:
     )
     assert opened.outputs == ("y", "m", "c")
     assert opened.optimization is Optimization.ALL
+
+
+@pytest.mark.parametrize("name", ["?", "-1", "None"])
+def test_sizes_that_are_called_unknown_need_not_be_equal(name: str, tmp_path: Path) -> None:
+    """Paddle's exporter writes '?' for the height and for the width."""
+    model = onnx.parser.parse_model(f"{HEADER} g (float[n,3,h,w] x) => (float[n,3,h,w] y) {{ r = Relu(x) y = Abs(r) }}")
+    for value in (*model.graph.input, *model.graph.output):
+        for dimension in list(value.type.tensor_type.shape.dim)[2:]:
+            dimension.dim_param = name
+    onnx.save(model, tmp_path / "m.onnx")
+    x = np.ones((2, 3, 4, 5), np.float32)
+    unnamed = InputSpec("x", np.dtype(np.float32), ("n", 3, None, None))
+    assert session(tmp_path / "m.onnx").inputs == input_specs(ir.load(tmp_path / "m.onnx")) == (unnamed,)
+    sizes = load(tmp_path / "m.onnx").graph.inputs[0].shape
+    assert sizes is not None
+    assert [getattr(size, "value", size) for size in sizes] == ["n", 3, None, None]
+    assert compare(tmp_path / "m.onnx", tmp_path / "m.onnx", [{"x": x}]).outputs[0].max_error == 0
 
 
 def test_an_initializer_that_is_also_an_input_need_not_be_fed() -> None:
