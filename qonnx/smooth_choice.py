@@ -69,6 +69,10 @@ _FEWEST_ROWS_TO_CHOOSE_ON = 256
 # Methods that are kept where the outputs gain by them.
 AUTOMATIC = (AutoSmoothing, AutoEqualization)
 
+# Parts of what is told.
+_NONE_GAINS = "no group of channels gains by it"
+_SO_FAR = " without nodes at run time"
+
 # What `RescaleChannels` says about the nodes that it puts in.
 _RESCALED = "RescaleChannels"
 
@@ -198,7 +202,7 @@ def _next(
         return before.unchanged(method, _told(reports, groups), f"nothing can be {verb}: {reason}")
     found = _find(model, method, draft, groups, _quantizers(recipe, target), sample, choose)
     if not found.plans:
-        return before.unchanged(method, found.reports, f"not {verb}: no group of channels gains by it")
+        return before.unchanged(method, found.reports, f"not {verb}: {_NONE_GAINS}")
     changed = apply(model, found.plans)
     if not isinstance(method, AUTOMATIC):
         after = before.then(changed, found.plans, found.reports, found.words(verb))
@@ -210,7 +214,7 @@ def _next(
         note = f"{found.words(verb)}: the outputs keep {gain:.1f} dB more"
         return replace(before.then(changed, found.plans, found.reports, note), keeps_db=would)
     reports = tuple(_not_kept(report, verb, gain) for report in found.reports)
-    how = "" if found.nodes else " without nodes at run time"  # with some, it may be yet
+    how = "" if found.nodes else _SO_FAR  # with some, it may be yet
     note = f"not {verb}{how}: the outputs would keep {abs(gain):.1f} dB {_more(gain)}"
     return replace(before.then(model, (), reports, note), keeps_db=keeps)
 
@@ -230,6 +234,9 @@ def _with_nodes(
     groups = tuple(group for group in _read_by(draft, Look.of(method).groups(model)) if group.value not in done)
     if all(group.reason for group in groups):
         return before
+    if _costly(groups):  # of which that was not meant
+        notes = (note.replace(f"{verb}: {_NONE_GAINS}", f"{verb}{_SO_FAR}: {_NONE_GAINS}") for note in before.notes)
+        before = replace(before, notes=tuple(notes))
     keeps = _keeps(before, recipe, target, sample, choose)
     before = replace(before, keeps_db=keeps)
     goal = recipe.goal_sqnr_db or Recipe().goal_sqnr_db  # 0 is no goal: it only leaves no layer in float
@@ -255,9 +262,14 @@ def _with_nodes(
     return replace(before, notes=(*before.notes, note))
 
 
+def _costly(groups: Sequence[SmoothGroup]) -> int:
+    """How many groups take nodes at run time."""
+    return sum(bool(group.taps) or group.producer.kind is Kind.NONE for group in groups if not group.reason)
+
+
 def _not_tried(groups: Sequence[SmoothGroup], verb: str, keeps: float, goal: float) -> tuple[str, ...]:
     """That more could be done at run time, where it could."""
-    costly = sum(bool(group.taps) or group.producer.kind is Kind.NONE for group in groups if not group.reason)
+    costly = _costly(groups)
     if not costly:
         return ()
     return (

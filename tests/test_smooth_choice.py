@@ -8,6 +8,7 @@ import onnx_ir as ir
 import pytest
 
 import qonnx
+from qonnx import smooth_choice
 from qonnx.errors import RecipeError
 from qonnx.groups import find_groups
 from qonnx.passes.prepare import prepare
@@ -17,6 +18,7 @@ from qonnx.resolve import resolve
 from qonnx.runtime import session
 from qonnx.smooth_choice import Smoothed, smoothed
 from qonnx.smooth_plan import apply
+from qonnx.statistics import Statistics
 from qonnx.tables import result_tables
 from qonnx.targets import target
 from qonnx.trial import trial_plan
@@ -129,6 +131,16 @@ def test_auto_does_not_keep_what_the_outputs_do_not_gain_by() -> None:
     assert all(report.reason for report in result.reports)
     assert [note.split(":")[0] for note in result.notes] == ["not equalized", "not smoothed without nodes at run time"]
     assert result.warning == ""
+
+
+def test_no_gain_without_nodes_is_not_told_as_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm takes factors for the first product for free; for the second, which reads the input, a node would."""
+    text = "g (float[n,32] x, float[32] g, float[32] b, float[32,64] w1, float[32,64] w2) => (float[n,64] y, "
+    text += "float[n,64] z) { s = LayerNormalization(x, g, b) y = MatMul(s, w1) z = MatMul(x, w2) }"
+    monkeypatch.setattr(smooth_choice, "_find", lambda *_: smooth_choice._Found((), (), Statistics({}), 99))
+    notes = run("int8", text=text).notes
+    assert "not smoothed without nodes at run time: no group of channels gains by it" in notes
+    assert "would take nodes" in notes[-1]
 
 
 def test_no_nodes_at_run_time_where_the_recipe_forbids_them() -> None:
