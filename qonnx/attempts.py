@@ -19,6 +19,7 @@ from qonnx.auto_ranges import best_throughout, least_disturbing
 from qonnx.bias_correction import bias_edges, correct_biases
 from qonnx.calibrators import Auto, Average, MinMax
 from qonnx.comparison import NOTHING_COMPARED, Comparison, ModelSource, compare
+from qonnx.custom_operators import attach, runnable
 from qonnx.errors import ModelError
 from qonnx.few_samples import few_samples
 from qonnx.formats import insert
@@ -78,6 +79,7 @@ class Job:
         smoothing: what was done to the prepared model before.
         leave: node names of layers to leave in float from the start, each with the reason.
         probabilities: ranges of outputs of a Softmax, where these are not from 0 to 1.
+        whole: the model, where `model` is the part of it that ONNX Runtime can compute.
     """
 
     model: ModelSource
@@ -91,6 +93,7 @@ class Job:
     smoothing: tuple[SmoothPlan, ...] = ()
     leave: Mapping[str, str] = field(default_factory=dict)
     probabilities: Mapping[str, Range] = field(default_factory=dict)
+    whole: ir.Model | None = None
 
 
 @dataclass(frozen=True)
@@ -242,15 +245,18 @@ def write(job: Job, plan: QuantPlan, rounded: Rounded | None = None) -> Attempt:
     if job.target.device is not None:
         CastFirst()(quantized)
     _stamp(quantized, rounded.plan, job)
+    size = parameters(quantized)[1]
+    if job.whole is not None:
+        attach(quantized, job.whole)
     save(quantized, job.file)
     _check_valid(quantized, job.file)
-    return Attempt(rounded.plan, _compared(job), parameters(quantized)[1], notes=rounded.notes)
+    return Attempt(rounded.plan, _compared(job), size, notes=rounded.notes)
 
 
 def _compared(job: Job) -> Comparison:
     if not job.choose:
         return NOTHING_COMPARED
-    judged, written = judged_model(job.prepared), load(job.file)
+    judged, written = judged_model(job.prepared), runnable(load(job.file))
     made = {value.name for node in written.graph for value in node.outputs}
     names = [value.name for value in judged.graph.outputs[len(job.prepared.graph.outputs) :] if value.name in made]
     if not names:

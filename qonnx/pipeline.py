@@ -24,6 +24,7 @@ from qonnx.activation_scales import channel_axes
 from qonnx.attempts import Job, best_attempt, corrects_stored_weights, given_attempt, only_attempt
 from qonnx.calibrators import EXTREMES
 from qonnx.comparison import NOTHING_COMPARED, Comparison, compare
+from qonnx.custom_operators import left_alone, runnable
 from qonnx.data import HoldOut, batches, expected_rows
 from qonnx.diagnostics import Diagnostics, diagnose
 from qonnx.errors import DataError, ModelError, OutputError, QonnxError, RecipeError, TargetError
@@ -103,7 +104,7 @@ def calibrate(
         Interrupted: on Ctrl-C.
     """
     on = _device(device)
-    prepared, _, mark = _prepared(model)
+    prepared, _, mark = _prepared(runnable(_loaded(model)))
     consumer = find_target(target)
     chosen = resolve(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), consumer)
     placements = [place(prepared, each, consumer) for each in (Recipe(), chosen)]
@@ -183,7 +184,11 @@ def quantize(
     chosen = resolve(recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings), consumer)
     given = QuantPlan.load(plan) if isinstance(plan, str | os.PathLike) else plan
     output = Path(output)
-    _check_output(model, output)
+    whole = _loaded(model)
+    _check_output(model, whole, output)
+    part = runnable(whole)
+    alone, unmeasured = ((), ()) if part is whole else left_alone(whole)
+    model = model if part is whole else part
     calibrated = chosen.format.calibrated if given is None else given.format.calibrated
     if data is None and given is None and calibrated:
         if statistics is not None:
@@ -255,6 +260,7 @@ def quantize(
             smooth.plans,
             leave,
             smooth.probabilities,
+            None if part is whole else whole,
         )
         if given is not None:
             attempt = given_attempt(job, without_left_layers(given, _written(smooth.model, given, consumer)))
@@ -277,8 +283,12 @@ def quantize(
         quantized_bytes=attempt.bytes,
         lookup_bytes=lookup_bytes(prepared, attempt.plan),
         seconds=clock.laps,
-        notes=(*notes, *smooth.notes, *attempt.notes, *loading(comparison), *usual),
-        warnings=(*lost, *warnings_of(attempt, comparison, held, chosen, calibrated, (smooth.warning, seen))),
+        notes=(*alone, *notes, *smooth.notes, *attempt.notes, *loading(comparison), *usual),
+        warnings=(
+            *unmeasured,
+            *lost,
+            *warnings_of(attempt, comparison, held, chosen, calibrated, (smooth.warning, seen)),
+        ),
         costs=attempt.costs,
         diagnostics=diagnostics,
         smoothing=smooth.reports,
@@ -338,12 +348,15 @@ def _device(name: str) -> Device:
     return Device(name)
 
 
-def _check_output(model: ModelSource, output: Path) -> None:
+def _loaded(model: ModelSource) -> ir.Model:
+    return model if isinstance(model, ir.Model) else load(model)
+
+
+def _check_output(model: ModelSource, loaded: ir.Model, output: Path) -> None:
     """Refuses to write over the float model or over the file that holds its weights."""
     if output.is_dir():
         return  # `staging` refuses it
     sources = set() if isinstance(model, ir.Model) else {Path(model).resolve()}
-    loaded = model if isinstance(model, ir.Model) else load(model)
     for graph in all_graphs(loaded):
         for value in graph.initializers.values() if isinstance(graph, ir.Graph) else ():
             if isinstance(value.const_value, ir.ExternalTensor):
