@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -90,6 +90,32 @@ def find_layers(graph: ir.Graph, recipe: Recipe, target: Target, settings: Mappi
         settings: of each node, by name.
     """
     return _whole_attention(graph, tuple(_layers(graph, recipe, target, settings)))
+
+
+def operands_of(node: ir.Node, target: Target) -> tuple[Operand, ...]:
+    """What must be quantized for a layer to run on integers, whether that pays or not; none where it is impossible."""
+    linear = linear_of(node)
+    if linear is not None:
+        return _linear_operands(linear)
+    return _product_operands(node, target) if node.op_type == "MatMul" else ()
+
+
+def is_rounded(node: ir.Node, edges: Collection[Edge]) -> bool:
+    """Whether a layer multiplies by a weight that is quantized, or two activations that both are.
+
+    Args:
+        node: the layer.
+        edges: all that are quantized. What was cut from a larger tensor counts where it is cut and where it is
+            multiplied: tools differ.
+    """
+    linear = linear_of(node)
+    if linear is not None:
+        reader, index = linear.weight_reader
+        return Edge(reader.name or "", index) in edges
+    if node.op_type not in LINEAR_OPS:
+        return Edge(node.name or "", 0) in edges  # a table
+    read = [{(node, index), cut_edge(node, index)} for index in (0, 1)]
+    return all(any(Edge(reader.name or "", index) in edges for reader, index in each) for each in read)
 
 
 def is_gpu(target: Target) -> bool:

@@ -29,13 +29,14 @@ from qonnx.data import HoldOut, batches, expected_rows
 from qonnx.diagnostics import Diagnostics, diagnose
 from qonnx.errors import DataError, ModelError, OutputError, QonnxError, RecipeError, TargetError
 from qonnx.fingerprint import fingerprint
+from qonnx.given_plan import without_left_layers
 from qonnx.graph import all_graphs, load, parameters, publish, staging
 from qonnx.numerics import PerTensor
 from qonnx.observation import Progress, observe
 from qonnx.passes.equalize import NoEqualization
 from qonnx.passes.prepare import prepare
-from qonnx.placement import Edge, Placement, candidates, place, written_by_convolutions
-from qonnx.plan import QuantPlan, without_left_layers
+from qonnx.placement import Placement, candidates, place
+from qonnx.plan import QuantPlan
 from qonnx.rebatch import Batch, rows, spread
 from qonnx.recipe import RECIPES, Format, Recipe, Rounding, load_recipe
 from qonnx.resolve import calibrators, minimum_opset, resolve
@@ -263,7 +264,7 @@ def quantize(
             None if part is whole else whole,
         )
         if given is not None:
-            attempt = given_attempt(job, without_left_layers(given, _written(smooth.model, given, consumer)))
+            attempt = given_attempt(job, without_left_layers(given, smooth.model.graph, chosen, consumer))
         else:
             attempt = best_attempt(job, measured) if calibrated else only_attempt(job)
         comparison = compare(model, file, judged) if judged else NOTHING_COMPARED
@@ -327,12 +328,6 @@ def _seen(held: HoldOut, given: Statistics | None) -> str:
     if given is not None and given.data == held.digest:
         return "the statistics are of the same data: the comparison uses batches that calibration saw; give others"
     return ""
-
-
-def _written(model: ir.Model, given: QuantPlan, consumer: Target) -> set[Edge]:
-    """The edges that quantized convolutions need, even those of layers in float."""
-    quantized = {layer.node for layer in given.quantized_layers}
-    return {edge for _, edges in written_by_convolutions(model.graph, quantized, consumer) for edge in edges}
 
 
 def _channel_axes(model: ir.Model, recipe: Recipe, draft: Placement) -> dict[str, int]:

@@ -10,7 +10,7 @@ This file decides from the graph alone; `qonnx.plan` adds the numbers. To quanti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from qonnx.attention import cut_edge, is_probability, projection, values_index
 from qonnx.graph import is_float, rank
-from qonnx.layers import ACTIVATION_FUNCTIONS, Layer, find_layers, is_gpu
+from qonnx.layers import ACTIVATION_FUNCTIONS, Layer, find_layers, is_gpu, operands_of
 from qonnx.layers import Edge as Edge
 from qonnx.linear import CONVOLUTIONS
 from qonnx.recipe import Format, Recipe, Weights
@@ -116,13 +116,7 @@ def place(model: ir.Model, recipe: Recipe, target: Target, leave: Mapping[str, s
     quantized = {layer.node for layer in layers if not layer.reason}
     moved: set[str] = set()
     if recipe.format.calibrated:
-        if is_gpu(target):
-            _keep_projections_whole(model.graph, quantized, activations)
-        if recipe.product_outputs:
-            add_product_outputs(model.graph, quantized, activations, ties.tie)
-        if recipe.residuals:
-            add_residuals(model.graph, quantized, activations)
-        moved = _extend(model.graph, quantized, activations, ties, target)
+        moved = _surround(model.graph, quantized, activations, ties, recipe, target)
     counts = Counter(node.op_type for node in model.graph if node.name not in quantized | moved)
     for layer in layers:
         if layer.reason:
@@ -142,6 +136,26 @@ def place(model: ir.Model, recipe: Recipe, target: Target, leave: Mapping[str, s
             op: (count, _FLOAT_REASONS.get(op, _OTHER)) for op, count in sorted(counts.items()) if count > 0
         },
     )
+
+
+def edges_of(graph: ir.Graph, layers: Collection[str], recipe: Recipe, target: Target) -> set[Edge]:
+    """The edges to quantize where these layers are, and no others.
+
+    Args:
+        graph: the main graph.
+        layers: their node names; tables are none.
+        recipe: its format, and what it says of results and residuals; its rules do not count.
+        target: the consumer of the quantized graph.
+    """
+    activations: dict[str, set[Edge]] = {}
+    weights: set[Edge] = set()
+    for node in graph:
+        for operand in operands_of(node, target) if node.name in layers else ():
+            edges = weights if operand.channel_axis is not None else activations.setdefault(operand.value, set())
+            edges.add(operand.edge)
+    if recipe.format.calibrated:
+        _surround(graph, set(layers), activations, _Ties(), recipe, target)
+    return weights.union(*activations.values())
 
 
 def candidates(placement: Placement) -> tuple[str, ...]:
@@ -190,13 +204,31 @@ class _Ties:
         self._parent[self.find(second)] = self.find(first)
 
 
+def _surround(
+    graph: ir.Graph,
+    quantized: set[str],
+    activations: dict[str, set[Edge]],
+    ties: _Ties,
+    recipe: Recipe,
+    target: Target,
+) -> set[str]:
+    """Adds every edge that is no operand of a quantized layer; returns the nodes that are put on integers by that."""
+    if is_gpu(target):
+        _keep_projections_whole(graph, quantized, activations)
+    if recipe.product_outputs:
+        add_product_outputs(graph, quantized, activations, ties.tie)
+    if recipe.residuals:
+        add_residuals(graph, quantized, activations)
+    return _extend(graph, quantized, activations, ties, target)
+
+
 def _extend(
     graph: ir.Graph, quantized: set[str], activations: dict[str, set[Edge]], ties: _Ties, target: Target
 ) -> set[str]:
     """Adds edges around quantized layers, so that what lies between them stays on integers; returns the nodes added."""
     added: set[str] = set()
-    for written, edges in written_by_convolutions(graph, quantized, target):
-        activations.setdefault(written, set()).update(edges)
+    if target.quantize_outputs:
+        _quantize_outputs(graph, quantized, activations)
     for node in reversed(list(graph)):
         if not node.outputs or node.domain not in ("", "ai.onnx"):
             continue
@@ -230,24 +262,13 @@ def written_edges(node: ir.Node) -> tuple[str, tuple[Edge, ...]]:
     return output.name or "", tuple(Edge(usage.node.name or "", usage.idx) for usage in output.uses())
 
 
-def written_by_convolutions(
-    graph: ir.Graph, quantized: Collection[str], target: Target
-) -> Iterator[tuple[str, tuple[Edge, ...]]]:
-    """What each quantized convolution writes, if the target runs it on integers only where that is quantized, too.
-
-    Args:
-        graph: the main graph.
-        quantized: the names of the quantized layers.
-        target: the consumer of the quantized graph.
-
-    Yields:
-        A value, and all edges that read it, layers in float among them.
-    """
-    for node in graph if target.quantize_outputs else ():
+def _quantize_outputs(graph: ir.Graph, quantized: set[str], activations: dict[str, set[Edge]]) -> None:
+    """Quantizes what each quantized convolution writes, for all of its readers."""
+    for node in graph:
         if node.name in quantized and node.op_type in CONVOLUTIONS:
             value, edges = written_edges(node)
             if edges and value:
-                yield value, edges
+                activations.setdefault(value, set()).update(edges)
 
 
 def _tie_inputs(

@@ -7,7 +7,6 @@ person can read it, compare two of them, edit one, and feed it back with `--plan
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -183,32 +182,6 @@ def unsigned(tensor: TensorPlan) -> TensorPlan:
         return tensor
     zero_point = tuple(zero + 128 for zero in tensor.zero_point or (0,) * len(tensor.scale))
     return msgspec.structs.replace(tensor, dtype=Dtype.UINT8, zero_point=zero_point)
-
-
-def without_left_layers(plan: QuantPlan, needed: Collection[Edge] = ()) -> QuantPlan:
-    """The plan without the edges of layers that carry a reason to stay in float: a reason written by hand counts.
-
-    Args:
-        plan: the plan.
-        needed: edges that stay whatever reads them, because what writes the tensor needs them.
-    """
-    left = {layer.node for layer in plan.float_layers}
-
-    def kept(tensors: tuple[TensorPlan, ...]) -> tuple[TensorPlan, ...]:
-        thinned = [
-            msgspec.structs.replace(
-                tensor, edges=tuple(edge for edge in tensor.edges if edge.node not in left or edge in needed)
-            )
-            for tensor in tensors
-        ]
-        return tuple(new for new, old in zip(thinned, tensors, strict=True) if new.edges or not old.edges)
-
-    return msgspec.structs.replace(
-        plan,
-        activations=kept(plan.activations),
-        weights=kept(plan.weights),
-        biases=tuple(bias for bias in plan.biases if bias.node not in left),
-    )
 
 
 def _compact(value: object) -> str:

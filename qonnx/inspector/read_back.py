@@ -17,8 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qonnx.graph import FLOAT_REASON, Names, is_initializer
-from qonnx.layers import Edge, Layer
-from qonnx.linear import linear_of
+from qonnx.layers import Edge, Layer, is_rounded
 from qonnx.linter.view import Quantizer, quantizer_of, same_parameters
 from qonnx.numerics import Dtype, PerTensor, dequantize
 from qonnx.passes.name_nodes import NameNodes
@@ -81,17 +80,10 @@ def read_back(model: ir.Model, *, target: str = "") -> ReadBack:
 
 def _layer(graph: ir.Graph, layer: Layer, edges: set[Edge]) -> LayerPlan:
     node = graph.node(layer.node)
-    linear = linear_of(node)
-    if linear is None:
-        wanted = {Edge(layer.node, 0), Edge(layer.node, 1)}
-    else:
-        reader, index = linear.weight_reader
-        wanted = {Edge(layer.node, linear.data_index), Edge(reader.name or "", index)}
-    quantized = wanted <= edges or (linear is not None and bool(wanted & edges))
     missing = "not quantized in this file" if edges else "nothing is quantized yet"
     # What the tool wrote down when it left the layer in float, before what its rules would say now.
     reason = node.metadata_props.get(FLOAT_REASON) or layer.reason or missing
-    return LayerPlan(layer.node, layer.op, layer.output, layer.path, "" if quantized else reason)
+    return LayerPlan(layer.node, layer.op, layer.output, layer.path, "" if is_rounded(node, edges) else reason)
 
 
 def _recipe_name(model: ir.Model) -> str:
