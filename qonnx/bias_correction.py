@@ -5,14 +5,22 @@ output channel by a constant, and the shifts add up over the layers. The remedy 
 
     b <- b + E[y - y_q]        per output channel (Nagel et al. 2019, "Data-Free Quantization", section 4.2)
 
-where y is the result of the float layer and y_q that of the quantized one. Each layer has to see inputs that are
-corrected already. Here the float and the quantized network run side by side in one graph, and every quantized layer's
-result is moved to the mean of its float twin before it is passed on: one pass corrects all layers, in order.
+where y is the result of the float layer and y_q that of the quantized one. Where Relu or Clip alone read it, the mean
+behind these is kept:
+
+    b <- b + E[act(y) - act(y_q)] / P        P: the share of elements that act lets through, the mean over both networks
+
+Most of y may lie far below 0, with another error: it shrinks where small inputs are rounded to 0. The mean over all of
+y would move the few elements that count, and more in each further layer.
+
+Each layer has to see inputs that are corrected already. Here the float and the quantized network run side by side in
+one graph, and every quantized layer's result is moved by the mean before it is passed on: one pass corrects all layers,
+in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -28,6 +36,12 @@ from qonnx.plan import BiasPlan, QuantPlan
 from qonnx.runtime import session
 
 _SIZED_BY_DATA = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
+
+# Each element of their result is that of their input, or a bound.
+_LET_THROUGH = frozenset({"Clip", "Relu"})
+
+# Below this share nothing counts; it only keeps 0 / 0 away.
+_NO_SHARE = np.array(1e-12, np.float32)
 
 # From this opset on ReduceMean takes its axes as an input.
 _AXES_ARE_AN_INPUT = 18
@@ -53,13 +67,15 @@ def correct_biases(
     edges = bias_edges(model, plan)
     if not edges:
         return plan
-    joint, outputs, _ = side_by_side(model, plan, edges, quantized)
+    joint, outputs, shares, _ = side_by_side(model, plan, edges, quantized)
     runner = session(joint)
     seen = {name: _Moments() for name in outputs}
     for batch in batches:
         results = runner.run(batch)
         for name in outputs:
-            seen[name].add(results[name].reshape(-1, results[name].shape[-1]))
+            share = results[shares[name]] if name in shares else np.ones_like(results[name])
+            channels = results[name].shape[-1]
+            seen[name].add(results[name].reshape(-1, channels), share.reshape(-1, channels))
     biases = []
     for name, node in outputs.items():
         shift = seen[name].shrunk_mean()
@@ -95,25 +111,32 @@ def _bias_edge(layer: Linear) -> Edge | None:
 
 
 class _Moments:
-    """Count, sum and sum of squares of samples per channel: what is kept of [samples, channels] arrays."""
+    """Sums over samples [samples, channels] and the share of their elements that counts: all that is kept of them."""
 
     def __init__(self) -> None:
         self._count = 0
-        self._sum: npt.NDArray[np.float64] = np.zeros(1)
-        self._squares: npt.NDArray[np.float64] = np.zeros(1)
+        self._sums: npt.NDArray[np.float64] = np.zeros((5, 1))
 
-    def add(self, samples: npt.NDArray[Any]) -> None:
+    def add(self, samples: npt.NDArray[Any], shares: npt.NDArray[Any]) -> None:
         self._count += len(samples)
-        self._sum = self._sum + samples.sum(axis=0, dtype=np.float64)
-        self._squares = self._squares + np.einsum("ij,ij->j", samples, samples, dtype=np.float64)
+        pairs = ((samples, samples), (samples, shares), (shares, shares))
+        products = [np.einsum("ij,ij->j", first, second, dtype=np.float64) for first, second in pairs]
+        sums = [each.sum(axis=0, dtype=np.float64) for each in (samples, shares)]
+        self._sums = self._sums + np.stack([*sums, *products])
 
     def shrunk_mean(self) -> npt.NDArray[np.float64] | None:
-        """The mean times max(0, 1 - (its standard error / it)^2); None with one sample, or when not all are finite."""
-        if self._count < 2 or not (np.isfinite(self._sum).all() and np.isfinite(self._squares).all()):
+        """The mean, divided by that of what counts, times max(0, 1 - (its standard error / it)^2); 0 if nothing counts.
+
+        None with one sample, or when not all are finite. The error is that of a ratio of means (Cochran, Sampling
+        Techniques, 1977, equation 6.13).
+        """
+        if self._count < 2 or not np.isfinite(self._sums).all():
             return None
-        mean = self._sum / self._count
-        variance = np.maximum(0.0, self._squares - self._count * mean**2) / (self._count - 1)
-        certain = np.maximum(0.0, mean**2 - variance / self._count)
+        total, share, squares, mixed, shares = self._sums
+        mean = np.divide(total, share, out=np.zeros_like(total), where=share > 0)
+        scatter = np.maximum(0.0, squares - 2 * mean * mixed + mean**2 * shares)  # sum of (sample - mean x share)^2
+        variance = np.divide(scatter, share**2, out=np.zeros_like(total), where=share > 0)
+        certain = np.maximum(0.0, mean**2 - variance * self._count / (self._count - 1))
         return np.asarray(np.divide(certain, mean, out=np.zeros_like(mean), where=mean != 0))
 
 
@@ -121,14 +144,16 @@ class SideBySide(NamedTuple):
     """The float and the quantized network in one graph.
 
     Attributes:
-        model: the graph. Its outputs are the keys of `differences`.
+        model: the graph. Its outputs are the keys of `differences` and the values of `shares`.
         differences: outputs [samples, channels], the result of the float layer minus that of the quantized one, each
-            with its layer.
+            with its layer; behind its Relu or Clip where it has one.
+        shares: for these, the output [samples, channels] that tells the share of the elements that are let through.
         twins: for every value of the quantized network, by its name there, the value that stands for it here.
     """
 
     model: ir.Model
     differences: dict[str, ir.Node]
+    shares: dict[str, str]
     twins: dict[str, ir.Value]
 
 
@@ -142,7 +167,8 @@ def side_by_side(
     joint = model.clone()
     graph, names = joint.graph, Names(joint)
     graph.outputs.clear()
-    float_values = {value.name: value for node in graph for value in node.outputs}
+    stored = (*graph.inputs, *graph.initializers.values())
+    float_values = {value.name: value for value in (*stored, *(value for node in graph for value in node.outputs))}
     twins: dict[str, ir.Value] = {value.name or "": value for value in graph.inputs}
     for name, value in quantized.graph.initializers.items():
         if value.is_graph_input():
@@ -154,6 +180,7 @@ def side_by_side(
         twins[name] = twin
     layers = {node.name: node for node in edges}
     outputs: dict[str, ir.Node] = {}
+    shares: dict[str, str] = {}
     for node in list(quantized.graph):
         if any(True for _ in subgraphs(node)) or node.op_type in _SIZED_BY_DATA:
             # A body is not copied: it reads values of the graph around it by reference. Both networks use one result.
@@ -163,10 +190,14 @@ def side_by_side(
         twin_node = _twin(node, twins, names)
         graph.append(twin_node)
         if node.name in layers:
-            difference, corrected = _correct(graph, names, layers[node.name], float_values, twin_node.outputs[0])
+            layer = layers[node.name]
+            nodes = _Nodes(graph, names, layer)
+            difference, share, corrected = _correct(nodes, layer, float_values, twin_node.outputs[0])
             twins[node.outputs[0].name or ""] = corrected
-            outputs[difference.name or ""] = layers[node.name]
-    return SideBySide(joint, outputs, twins)
+            outputs[difference.name or ""] = layer
+            if share is not None:
+                shares[difference.name or ""] = share.name or ""
+    return SideBySide(joint, outputs, shares, twins)
 
 
 def _twin(node: ir.Node, twins: dict[str, ir.Value], names: Names) -> ir.Node:
@@ -185,38 +216,84 @@ def _twin(node: ir.Node, twins: dict[str, ir.Value], names: Names) -> ir.Node:
     return twin
 
 
+class _Nodes:
+    """Appends nodes about one layer to a graph."""
+
+    def __init__(self, graph: ir.Graph, names: Names, layer: ir.Node) -> None:
+        self._graph, self._names, self._layer = graph, names, layer.name
+
+    def add(self, op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any] | None = None) -> ir.Value:
+        node = ir.node(op, inputs, attributes=attributes or {}, name=self._names.fresh(f"{self._layer}_{op}"))
+        node.outputs[0].name = self._names.fresh(f"{self._layer}_{op}_output")
+        self._graph.append(node)
+        return node.outputs[0]
+
+    def stored(self, array: npt.NDArray[Any]) -> ir.Value:
+        tensor = ir.tensor(array, name=self._names.fresh(f"{self._layer}_constant"))
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+        value.const_value = tensor
+        self._graph.register_initializer(value)
+        return value
+
+    def mean(self, of: ir.Value, axes: list[int], keepdims: int) -> ir.Value:
+        if not axes:
+            return of
+        if self._graph.opset_imports.get("", 0) < _AXES_ARE_AN_INPUT:
+            return self.add("ReduceMean", [of], {"axes": axes, "keepdims": keepdims})
+        return self.add("ReduceMean", [of, self.stored(np.array(axes, np.int64))], {"keepdims": keepdims})
+
+    def cast(self, value: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        return self.add("Cast", [value], {"to": int(dtype)})
+
+    def returned(self, value: ir.Value) -> ir.Value:
+        output = self.add("Identity", [value])
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+        self._graph.outputs.append(output)
+        return output
+
+
 def _correct(
-    graph: ir.Graph, names: Names, layer: ir.Node, float_values: Mapping[str | None, ir.Value], value: ir.Value
-) -> tuple[ir.Value, ir.Value]:
-    """Appends y - y_q per sample and channel as an output, and y_q moved to the mean of y; returns both values."""
+    nodes: _Nodes, layer: ir.Node, float_values: Mapping[str | None, ir.Value], value: ir.Value
+) -> tuple[ir.Value, ir.Value | None, ir.Value]:
+    """Appends the difference per sample and channel as an output, the share that counts, and y_q moved by the mean."""
     original = float_values[layer.outputs[0].name]
     dimensions = rank(original) or 0
     channel = 1 if layer.op_type in CONVOLUTIONS else dimensions - 1
     rest = [axis for axis in range(1, dimensions) if axis != channel]
     every = [axis for axis in range(dimensions) if axis != channel]
-
-    def add(op: str, inputs: list[ir.Value], **attributes: int | list[int]) -> ir.Value:
-        node = ir.node(op, inputs, attributes=attributes, name=names.fresh(f"{layer.name}_{op}"))
-        node.outputs[0].name = names.fresh(f"{layer.name}_{op}_output")
-        graph.append(node)
-        return node.outputs[0]
-
-    def mean(of: ir.Value, axes: list[int], keepdims: int) -> ir.Value:
-        if graph.opset_imports.get("", 0) < _AXES_ARE_AN_INPUT:
-            return add("ReduceMean", [of], axes=axes, keepdims=keepdims)
-        tensor = ir.tensor(np.array(axes, np.int64), name=names.fresh(f"{layer.name}_axes"))
-        stored = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(axes)]))
-        stored.const_value = tensor
-        graph.register_initializer(stored)
-        return add("ReduceMean", [of, stored], keepdims=keepdims)
-
-    full = add("Cast", [add("Sub", [original, value])], to=int(ir.DataType.FLOAT))
-    per_sample = mean(full, rest, 0) if rest else add("Identity", [full])
-    per_sample.type = ir.TensorType(ir.DataType.FLOAT)
-    graph.outputs.append(per_sample)
-    shift = mean(full, every, 1) if every else full
+    full, counted = nodes.add("Sub", [original, value]), None
+    activation = _activation(layer)
+    if activation is not None:
+        full, counted = _behind(nodes, activation, float_values, full)
+    full = nodes.cast(full)
+    shift, share = nodes.mean(full, every, 1), None
+    if counted is not None:
+        share = nodes.returned(nodes.mean(counted, rest, 0))
+        shift = nodes.add("Div", [shift, nodes.add("Max", [nodes.mean(counted, every, 1), nodes.stored(_NO_SHARE)])])
     if original.dtype not in (None, ir.DataType.FLOAT):
-        shift = add("Cast", [shift], to=int(original.dtype))
-    corrected = add("Add", [value, shift])
+        shift = nodes.cast(shift, original.dtype)
+    corrected = nodes.add("Add", [value, shift])
     corrected.type, corrected.shape = value.type, value.shape
-    return per_sample, corrected
+    return nodes.returned(nodes.mean(full, rest, 0)), share, corrected
+
+
+def _behind(
+    nodes: _Nodes, activation: ir.Node, float_values: Mapping[str | None, ir.Value], error: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """The difference behind the activation of a layer, and how much each element counts: 0, 1/2 or 1."""
+    exact, *bounds = (None if value is None else float_values[value.name] for value in activation.inputs)
+    assert exact is not None
+    rounded, after = nodes.add("Sub", [exact, error]), float_values[activation.outputs[0].name]
+    result = nodes.add(activation.op_type, [rounded, *bounds], activation.attributes)
+    through = [nodes.cast(nodes.add("Equal", pair)) for pair in ((exact, after), (rounded, result))]
+    half = nodes.stored(np.array(0.5, np.float32))
+    return nodes.add("Sub", [after, result]), nodes.add("Mul", [nodes.add("Add", through), half])
+
+
+def _activation(layer: ir.Node) -> ir.Node | None:
+    """The Relu or Clip that alone reads what a layer and its bias give, in the float network."""
+    linear = linear_of(layer)
+    if linear is None or linear.output.is_graph_output() or len(linear.output.uses()) != 1:
+        return None
+    (reader,) = (usage.node for usage in linear.output.uses())
+    return reader if reader.op_type in _LET_THROUGH and reader.inputs[0] is linear.output else None
