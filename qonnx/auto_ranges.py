@@ -185,7 +185,8 @@ class _Shadows:
         while len(readers := [usage for usage in original.uses() if not _is_copy(usage.node)]) == 1:
             reader = readers[0].node
             others = [value for value in reader.inputs if value is not original]
-            if reader.op_type not in _BEHIND_A_LAYER or not all(v is None or is_initializer(v) for v in others):
+            known = reader.op_type in _BEHIND_A_LAYER and reader.graph is self._graph  # and not in a body
+            if not known or not all(v is None or is_initializer(v) for v in others):
                 break
             inputs = [result if value is original else value for value in reader.inputs]
             copy = ir.Node(

@@ -6,9 +6,9 @@ output channel by a constant, and the shifts add up over the layers. The remedy 
     b <- b + E[y - y_q]        per output channel (Nagel et al. 2019, "Data-Free Quantization", section 4.2)
 
 where y is the result of the float layer and y_q that of the quantized one. Where Relu or Clip alone read it, the mean
-behind these is kept:
+behind these is kept, to first order:
 
-    b <- b + E[act(y) - act(y_q)] / P        P: the share of elements that act lets through, the mean over both networks
+    b <- b + E[act(y) - act(y_q)] / P        P: the share of elements that act lets through in either network
 
 Most of y may lie far below 0, with another error: it shrinks where small inputs are rounded to 0. The mean over all of
 y would move the few elements that count, and more in each further layer.
@@ -42,6 +42,9 @@ _LET_THROUGH = frozenset({"Clip", "Relu"})
 
 # Below this share nothing counts; it only keeps 0 / 0 away.
 _NO_SHARE = np.array(1e-12, np.float32)
+
+# Up to so many samples that count nothing tells a mean from chance.
+_ONE_SAMPLE = 1 + 1e-9
 
 # From this opset on ReduceMean takes its axes as an input.
 _AXES_ARE_AN_INPUT = 18
@@ -136,7 +139,10 @@ class _Moments:
         mean = np.divide(total, share, out=np.zeros_like(total), where=share > 0)
         scatter = np.maximum(0.0, squares - 2 * mean * mixed + mean**2 * shares)  # sum of (sample - mean x share)^2
         variance = np.divide(scatter, share**2, out=np.zeros_like(total), where=share > 0)
-        certain = np.maximum(0.0, mean**2 - variance * self._count / (self._count - 1))
+        # Kish's effective number of samples: a channel that is let through in one of them shows nothing of the others.
+        effective = np.divide(share**2, shares, out=np.ones_like(total), where=shares > 0)
+        lack = np.divide(effective, effective - 1, out=np.zeros_like(total), where=effective > _ONE_SAMPLE)
+        certain = np.where(effective > _ONE_SAMPLE, np.maximum(0.0, mean**2 - variance * lack), 0.0)
         return np.asarray(np.divide(certain, mean, out=np.zeros_like(mean), where=mean != 0))
 
 
@@ -280,14 +286,13 @@ def _correct(
 def _behind(
     nodes: _Nodes, activation: ir.Node, float_values: Mapping[str | None, ir.Value], error: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """The difference behind the activation of a layer, and how much each element counts: 0, 1/2 or 1."""
+    """The difference behind the activation of a layer, and which elements count: what either network lets through."""
     exact, *bounds = (None if value is None else float_values[value.name] for value in activation.inputs)
     assert exact is not None
     rounded, after = nodes.add("Sub", [exact, error]), float_values[activation.outputs[0].name]
     result = nodes.add(activation.op_type, [rounded, *bounds], activation.attributes)
     through = [nodes.cast(nodes.add("Equal", pair)) for pair in ((exact, after), (rounded, result))]
-    half = nodes.stored(np.array(0.5, np.float32))
-    return nodes.add("Sub", [after, result]), nodes.add("Mul", [nodes.add("Add", through), half])
+    return nodes.add("Sub", [after, result]), nodes.add("Max", through)
 
 
 def _activation(layer: ir.Node) -> ir.Node | None:
@@ -296,4 +301,5 @@ def _activation(layer: ir.Node) -> ir.Node | None:
     if linear is None or linear.output.is_graph_output() or len(linear.output.uses()) != 1:
         return None
     (reader,) = (usage.node for usage in linear.output.uses())
-    return reader if reader.op_type in _LET_THROUGH and reader.inputs[0] is linear.output else None
+    known = reader.op_type in _LET_THROUGH and reader.domain == "" and reader.graph is layer.graph
+    return reader if known and reader.inputs[0] is linear.output else None

@@ -10,13 +10,16 @@ import functools
 from collections.abc import Iterator
 
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from qonnx.errors import ModelError
 from qonnx.graph import Names, subgraphs
 from qonnx.linear import linear_of
 from qonnx.passes.raise_opset import RaiseOpset, opset
 from qonnx.text import count
+
+# What domains of operators that no converter knows end in while a graph is converted.
+_ASIDE = ".aside"
 
 
 def runnable(model: ir.Model) -> ir.Model:
@@ -30,17 +33,17 @@ def runnable(model: ir.Model) -> ir.Model:
     """
     if not _rest(model):
         return model
-    part = model.clone()
+    part = _opened(model)
     _lift_constants(part)
     rest = _rest(part)
-    if len(rest) == len(part.graph):
-        raise ModelError(
-            f"{model.graph.name or 'model'}: all nodes need the result of {_custom(rest, part)}, which ONNX Runtime "
-            "does not have: nothing can be measured"
-        )
     made = {value for node in rest for value in node.outputs}
     kept = [value for value in part.graph.outputs if value not in made]
     read = [value for value in _read(rest) if value.producer() is not None and value not in kept]
+    if not kept and not read:
+        raise ModelError(
+            f"{model.graph.name or 'model'}: everything needs the result of {', '.join(_custom(rest))}, which ONNX "
+            "Runtime does not have: nothing can be measured"
+        )
     part.graph.outputs.clear()
     part.graph.outputs.extend([*kept, *read])
     for node in _all_nodes(rest):
@@ -63,12 +66,12 @@ def attach(part: ir.Model, whole: ir.Model) -> None:
     Raises:
         ModelError: the rest cannot be brought to the opset of the part.
     """
-    copy = whole.clone()
+    copy = _opened(whole)
     if any(node.domain == "" and _is_known("", node.op_type) for node in _all_nodes(_rest(copy))):
-        for one, other in ((part, copy), (copy, part)):
-            RaiseOpset(opset(other))(one)
+        _meet(part, copy)
     _lift_constants(copy)
     rest, outputs, names = _rest(copy), list(copy.graph.outputs), Names(part)
+    copy.graph.outputs.clear()
     ours = {value.name: value for value in (*part.graph.inputs, *part.graph.outputs)}
     for value in _read(rest):
         twin = ours.get(value.name)
@@ -77,7 +80,6 @@ def attach(part: ir.Model, whole: ir.Model) -> None:
             twin.const_value = value.const_value
             part.graph.register_initializer(twin)
         ir.convenience.replace_all_uses_with(value, twin)
-    copy.graph.outputs.clear()
     copy.graph.remove(rest)
     for value in (value for node in _all_nodes(rest) for value in node.outputs):
         if value.name and value not in outputs:
@@ -85,9 +87,30 @@ def attach(part: ir.Model, whole: ir.Model) -> None:
     part.graph.extend(rest)
     part.graph.outputs.clear()
     part.graph.outputs.extend(ours.get(value.name, value) for value in outputs)
-    part.functions.update(copy.functions)
     for domain, version in copy.opset_imports.items():
         part.opset_imports.setdefault(domain, version)
+
+
+def _opened(model: ir.Model) -> ir.Model:
+    """A copy without functions."""
+    copy = model.clone()
+    if copy.functions:
+        InlinePass()(copy)
+    return copy
+
+
+def _meet(part: ir.Model, copy: ir.Model) -> None:
+    """Raises the older opset of the two. Converters refuse operators of the default domain that they do not know."""
+    for one, other in ((part, copy), (copy, part)):
+        for node in _all_nodes(list(one.graph)):
+            if not _is_known(node.domain, node.op_type):
+                node.domain += _ASIDE
+                one.opset_imports[node.domain] = 1
+        RaiseOpset(opset(other))(one)
+        for node in _all_nodes(list(one.graph)):
+            node.domain = node.domain.removesuffix(_ASIDE)
+        for domain in [domain for domain in one.opset_imports if domain.endswith(_ASIDE)]:
+            del one.opset_imports[domain]
 
 
 def _lift_constants(model: ir.Model) -> None:
@@ -97,32 +120,33 @@ def _lift_constants(model: ir.Model) -> None:
 
 def left_alone(model: ir.Model) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What is to be said of the rest: notes, and warnings. Empty where there is none."""
-    rest = _rest(model)
+    rest = _rest(_opened(model))
     if not rest:
         return (), ()
-    what = _custom(rest, model)
+    what = ", ".join(_custom(rest))
     notes = (f"{what}: not in ONNX Runtime, so left as it is, and what it reads is compared in place of its results",)
     layers = sum(linear_of(node) is not None for node in rest)
     if not layers:
         return notes, ()
-    return notes, (
-        f"{count(layers, 'layer')} behind {what} cannot be measured, as ONNX Runtime lacks it: left in float",
-    )
+    behind = f"{count(layers, 'layer')} behind {what}"
+    return notes, (f"{behind} cannot be measured, as ONNX Runtime lacks it: left in float",)
 
 
-def _custom(rest: list[ir.Node], model: ir.Model) -> str:
-    return ", ".join(dict.fromkeys(node.op_type for node in rest if _is_custom(node, model)))
+def _custom(nodes: list[ir.Node]) -> list[str]:
+    """The operators among some nodes and in their bodies that ONNX Runtime does not have."""
+    unknown = (node.op_type for node in _all_nodes(nodes) if not _is_known(node.domain, node.op_type))
+    return list(dict.fromkeys(unknown))
 
 
 def _rest(model: ir.Model) -> list[ir.Node]:
     """The nodes of the main graph that ONNX Runtime does not have, and all that depends on these, in order."""
-    rest: list[ir.Node] = []
-    lost: set[ir.Value] = set()
-    for node in model.graph:
-        if _is_custom(node, model) or any(value in lost for value in _all_inputs(node)):
-            rest.append(node)
+    custom = {node for node in model.graph if _is_custom(node, model)}
+    lost = {value for node in custom for value in node.outputs}
+    for node in model.graph if custom else ():
+        if any(value in lost for value in _all_inputs(node)):
+            custom.add(node)
             lost.update(node.outputs)
-    return rest
+    return [node for node in model.graph if node in custom]
 
 
 def _is_custom(node: ir.Node, model: ir.Model) -> bool:
@@ -138,18 +162,18 @@ def _is_custom(node: ir.Node, model: ir.Model) -> bool:
 def _is_known(domain: str, op_type: str) -> bool:
     import onnx.defs
 
-    if onnx.defs.has(op_type, domain):
-        return True
-    return bool(domain) and (domain, op_type) in _runtime_operators()
+    return onnx.defs.has(op_type, domain) or (domain, op_type) in _runtime_operators()
 
 
 @functools.cache
 def _runtime_operators() -> frozenset[tuple[str, str]]:
+    """What ONNX Runtime has beyond ONNX: of the default domain it also knows operators that it cannot compute."""
     try:
         from onnxruntime.capi import onnxruntime_pybind11_state as native
     except ImportError:
         return frozenset()
-    return frozenset((schema.domain, schema.name) for schema in native.get_all_operator_schema())
+    known = {(schema.domain, schema.name) for schema in native.get_all_operator_schema() if schema.domain}
+    return frozenset(known | {(kernel.domain, kernel.op_name) for kernel in native.get_all_opkernel_def()})
 
 
 def _all_nodes(nodes: list[ir.Node]) -> Iterator[ir.Node]:

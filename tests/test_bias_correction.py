@@ -92,7 +92,7 @@ def reference(
             if number == 0:
                 before, after = result + first_bias, other + first_bias
                 difference = np.maximum(before, 0) - np.maximum(after, 0)
-                counts = ((before >= 0).astype(float) + (after >= 0)) / 2
+                counts = ((before >= 0) | (after >= 0)).astype(float)
             seen[number].append(np.stack([difference.mean(axis=rest[1:]), counts.mean(axis=rest[1:])]))
             share = np.maximum(counts.mean(axis=rest, keepdims=True), 1e-12)
             other = other + difference.mean(axis=rest, keepdims=True) / share
@@ -102,7 +102,9 @@ def reference(
     shifts = []
     for samples, shares in (np.concatenate(list_of, axis=1) for list_of in seen):
         mean = samples.mean(axis=0) / shares.mean(axis=0)
-        error = (samples - mean * shares).std(axis=0, ddof=1) / np.sqrt(len(samples)) / shares.mean(axis=0)
+        effective = shares.sum(axis=0) ** 2 / np.square(shares).sum(axis=0)
+        scatter = np.square(samples - mean * shares).sum(axis=0) / shares.sum(axis=0) ** 2
+        error = np.sqrt(scatter * effective / (effective - 1))
         shifts.append(mean * np.maximum(0, 1 - (error / mean) ** 2))
     return shifts
 
@@ -314,3 +316,29 @@ def test_layers_behind_a_number_of_boxes_that_rounding_changes() -> None:
     for bias in plan.biases:
         assert len(bias.shift) == 64
         assert 0 < np.abs(bias.shift).max() < 0.05 * spread  # of equal rows; of others it would be the spread
+
+
+def test_a_channel_that_is_let_through_in_one_sample_is_left_alone() -> None:
+    """One sample explains its own error exactly, and says nothing of others."""
+    text = "g (float[n,32] x, float[32,16] w, float[16] b) => (float[n,16] y) { [fc] p = Gemm(x, w, b) y = Relu(p) }"
+    model, batches = model_of(text, weights="w b", scale=0.3), skewed(16, 32)
+    results = np.concatenate([batch["x"] for batch in batches]) @ stored(model, "w")
+    bias = -np.sort(results, axis=0)[-2:].mean(axis=0)  # between the largest and the second largest of each channel
+    model.graph.initializers["b"].const_value = ir.tensor(bias.astype(np.float32), name="b")
+    plan = planned(model, batches)
+    assert [layer.node for layer in plan.quantized_layers] == ["fc"]
+    assert not correct_biases(model, plan, batches).biases
+
+
+def test_an_activation_in_a_body_is_not_behind_the_layer() -> None:
+    text = """g (float[n,32] x, float[32,16] w, float[16] b) => (float[n,16] y)
+        { [fc] p = Gemm(x, w, b) m = ReduceMax <keepdims = 0> (x) c = Cast <to = 9> (m) y = If (c) <
+        then_branch = t1 () => (float[n,16] o) { o = Relu(p) },
+        else_branch = t2 () => (float[n,16] q) { z = ReduceMin(x) q = Add(z, z) }> }"""
+    model, batches = model_of(text, weights="w b", scale=0.3), skewed(16, 32)
+    (found,) = correct_biases(model, planned(model, batches), batches).biases
+    x = np.concatenate([batch["x"] for batch in batches]).astype(np.float64)
+    plan = planned(model, batches)
+    error = x @ stored(model, "w") - rounded(plan, "x", x) @ rounded(plan, "w", stored(model, "w"))
+    mean, uncertainty = error.mean(axis=0), error.std(axis=0, ddof=1) / np.sqrt(len(error))
+    np.testing.assert_allclose(found.shift, mean * np.maximum(0, 1 - (uncertainty / mean) ** 2), atol=1e-5)

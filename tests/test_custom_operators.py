@@ -87,6 +87,7 @@ def test_what_can_be_run_is_cut_off_and_put_back(nodes: str, kept: list[str], ou
         "a = MatMul(x, w) y = Relu(a)",
         "a = MatMul(x, w) y = com.microsoft.BiasGelu(a, f)",
         "a = MatMul(x, w) y = HardSwish(a)",  # a function of ONNX, without a kernel
+        "a = MatMul(x, w) y = SimplifiedLayerNormalization(a, f)",  # not in ONNX
     ],
 )
 def test_leaves_alone_what_the_runtime_has(nodes: str) -> None:
@@ -106,9 +107,18 @@ def test_a_function_that_calls_such_an_operator_is_cut_off() -> None:
     function[0].domain = "com.other"
     part = runnable(whole)
     assert operators(part) == ["MatMul"]
-    part.functions.clear()  # as if inlined
+    assert left_alone(whole)[0][0].startswith("Add: not in ONNX Runtime")
     attach(part, whole)
-    assert list(part.functions) == list(whole.functions)
+    assert [(node.domain, node.op_type) for node in part.graph] == [("", "MatMul"), ("com.other", "Add")]
+
+
+def test_an_output_that_the_operator_reads_too() -> None:
+    whole = model("a = MatMul(x, w) y = com.example.Twice(a)", HEADER.replace("y)", "y, float[n,16] a)"))
+    part = runnable(whole)
+    assert [value.name for value in part.graph.outputs] == ["a"]
+    attach(part, whole)
+    assert [value.name for value in part.graph.outputs] == ["y", "a"]
+    assert_same_function(computed(whole), computed(part))
 
 
 def test_a_changed_weight_of_the_part_is_not_that_of_the_rest() -> None:
@@ -135,17 +145,20 @@ def test_names_that_the_part_has_taken_since_are_not_used_twice() -> None:
     assert_same_function(computed(whole), computed(part))
 
 
+@pytest.mark.parametrize("domain", ["com.example.", ""])
 @pytest.mark.parametrize(("old", "new"), [(11, 13), (11, 21), (13, 11)])
-def test_the_rest_is_brought_to_the_opset_of_the_part(old: int, new: int) -> None:
+def test_the_rest_is_brought_to_the_opset_of_the_part(old: int, new: int, domain: str) -> None:
     """Axes of Unsqueeze became an input in 13."""
     squeezed = {
         11: "s = Unsqueeze <axes = [0]> (b) y = Squeeze <axes = [0]> (s)",
         13: "k = Constant <value_ints = [0]> () s = Unsqueeze(b, k) y = Squeeze(s, k)",
     }
-    whole = model(f"a = MatMul(x, w) b = com.example.Twice(a) {squeezed[old]}", opset=old)
-    part = runnable(model(f"a = MatMul(x, w) b = com.example.Twice(a) {squeezed[min(new, 13)]}", opset=new))
+    whole = model(f"a = MatMul(x, w) b = {domain}Twice(a) {squeezed[old]}", opset=old)
+    part = runnable(model(f"a = MatMul(x, w) b = {domain}Twice(a) {squeezed[min(new, 13)]}", opset=new))
     attach(part, whole)
     assert part.opset_imports[""] == max(old, new)
+    assert {node.domain for node in part.graph} == {"", domain.rstrip(".")}
+    assert set(part.opset_imports) == {"", "com.example"}
     assert_same_function(computed(whole), computed(part))
 
 
@@ -192,6 +205,17 @@ def test_layers_behind_it_are_named_in_a_warning(tmp_path: Path) -> None:
 
 def test_nothing_is_left_to_run(tmp_path: Path) -> None:
     whole = model("b = com.example.Twice(x) y = MatMul(b, w)")
-    with pytest.raises(ModelError, match="all nodes need the result of Twice, which ONNX Runtime does not have"):
+    with pytest.raises(ModelError, match="everything needs the result of Twice, which ONNX Runtime does not have"):
         qonnx.quantize(whole, [{"x": np.ones((2, 16), np.float32), "f": np.ones(16, np.float32)}], tmp_path / "q.onnx")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "nodes", ["k = Exp(u) y = com.example.Twice(a, k)", "s = Shape(x) y = com.example.Twice(a, s)"]
+)
+def test_what_it_reads_may_be_constant_once_prepared(tmp_path: Path, nodes: str) -> None:
+    whole = model(f"a = MatMul(x, w) {nodes}", HEADER.replace("n,", "8,"))
+    batches = [{"x": x, "f": np.ones(16, np.float32)} for x in np.random.default_rng(0).normal(size=(8, 8, 16))]
+    result = qonnx.quantize(whole, batches, tmp_path / "q.onnx")
+    assert [output.name for output in result.comparison.outputs] == ["a"]
+    assert load(tmp_path / "q.onnx").graph.outputs[0].name == "y"
