@@ -8,7 +8,7 @@ output channel by a constant, and the shifts add up over the layers. The remedy 
 where y is the result of the float layer and y_q that of the quantized one. Where Relu or Clip alone read it, the mean
 behind these is kept, to first order:
 
-    b <- b + E[act(y) - act(y_q)] / P        P: the share of elements that act lets through in either network
+    b <- b + E[act(y) - act(y_q)] / P        P: the share of elements that act lets through, the mean over both networks
 
 Most of y may lie far below 0, with another error: it shrinks where small inputs are rounded to 0. The mean over all of
 y would move the few elements that count, and more in each further layer.
@@ -286,13 +286,14 @@ def _correct(
 def _behind(
     nodes: _Nodes, activation: ir.Node, float_values: Mapping[str | None, ir.Value], error: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
-    """The difference behind the activation of a layer, and which elements count: what either network lets through."""
+    """The difference behind the activation of a layer, and how much each element counts: 0, 1/2 or 1."""
     exact, *bounds = (None if value is None else float_values[value.name] for value in activation.inputs)
     assert exact is not None
     rounded, after = nodes.add("Sub", [exact, error]), float_values[activation.outputs[0].name]
     result = nodes.add(activation.op_type, [rounded, *bounds], activation.attributes)
     through = [nodes.cast(nodes.add("Equal", pair)) for pair in ((exact, after), (rounded, result))]
-    return nodes.add("Sub", [after, result]), nodes.add("Max", through)
+    half = nodes.stored(np.array(0.5, np.float32))
+    return nodes.add("Sub", [after, result]), nodes.add("Mul", [nodes.add("Add", through), half])
 
 
 def _activation(layer: ir.Node) -> ir.Node | None:

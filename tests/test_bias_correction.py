@@ -92,7 +92,7 @@ def reference(
             if number == 0:
                 before, after = result + first_bias, other + first_bias
                 difference = np.maximum(before, 0) - np.maximum(after, 0)
-                counts = ((before >= 0) | (after >= 0)).astype(float)
+                counts = ((before >= 0).astype(float) + (after >= 0)) / 2
             seen[number].append(np.stack([difference.mean(axis=rest[1:]), counts.mean(axis=rest[1:])]))
             share = np.maximum(counts.mean(axis=rest, keepdims=True), 1e-12)
             other = other + difference.mean(axis=rest, keepdims=True) / share
