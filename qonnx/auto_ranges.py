@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qonnx.activation import activation_of
 from qonnx.bias_correction import SideBySide, bias_edges, side_by_side
 from qonnx.comparison import difference
-from qonnx.graph import Names, is_initializer, rank
+from qonnx.graph import Names, rank
 from qonnx.group_error import loudness
 from qonnx.linear import CONVOLUTIONS, linear_of
 from qonnx.numerics import Dtype, scale_and_zero_point
@@ -40,11 +41,6 @@ from qonnx.runtime import session
 
 # From this opset on reductions take their axes as an input.
 _AXES_ARE_AN_INPUT = 18
-
-# What belongs to a layer behind its product.
-_BEHIND_A_LAYER = frozenset({"Add", "Relu", "Clip", "LeakyRelu", "Gelu", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid"})
-
-_COPY = "_auto_copy"
 
 
 def least_disturbing(
@@ -91,10 +87,6 @@ def least_disturbing(
     return best
 
 
-def _is_copy(node: ir.Node) -> bool:
-    return _COPY in (node.name or "") or (node.name or "").startswith("auto_")
-
-
 class _Shadows:
     """The float graph with a copy of every layer for every activation it reads, rounded by scales that are fed.
 
@@ -121,6 +113,8 @@ class _Shadows:
         self.errors: list[tuple[int, str, str]] = []
         index = {value: number for number, value in enumerate(values)}
         nodes = {node.name: node for node in self._graph}
+        placed = [nodes[operand.edge.node] for layer in placement.layers for operand in layer.operands]
+        self._activations = {node: activation_of(node.outputs[0]) for node in placed}
         rounded: dict[str, ir.Value] = {}
         for layer in placement.layers:
             for operand in layer.operands if not layer.reason else ():
@@ -154,16 +148,13 @@ class _Shadows:
 
     def _shadow(self, node: ir.Node, index: int, rounded: ir.Value, number: int) -> None:
         inputs = [rounded if position == index else value for position, value in enumerate(node.inputs)]
-        copy = ir.Node(
-            node.domain,
-            node.op_type,
-            inputs,
-            list(node.attributes.values()),
-            name=self._names.fresh(f"{node.name}{_COPY}"),
-        )
-        copy.outputs[0].name = self._names.fresh(f"{node.name}_copy_output")
-        self._graph.append(copy)
-        result, original = self._activated(copy.outputs[0], node.outputs[0])
+        result, original = self._copy(node, inputs), node.outputs[0]
+        activation = self._activations[node]
+        if activation is not None:  # what it cuts off is no error
+            copies: dict[ir.Value | None, ir.Value] = {original: result}
+            for each in activation.nodes:
+                copies[each.outputs[0]] = self._copy(each, [copies.get(value, value) for value in each.inputs])
+            result, original = copies[activation.result], activation.result
         error = self._float(self._add("Sub", [result, original]))
         dimensions = rank(node.outputs[0])
         linear = linear_of(node)
@@ -180,26 +171,12 @@ class _Shadows:
             self._graph.outputs.append(output)
         self.errors.append((number, squared.name or "", energy.name or ""))
 
-    def _activated(self, result: ir.Value, original: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Both results behind the bias and the activation function of the layer: what that cuts off is no error."""
-        while len(readers := [usage for usage in original.uses() if not _is_copy(usage.node)]) == 1:
-            reader = readers[0].node
-            others = [value for value in reader.inputs if value is not original]
-            known = reader.op_type in _BEHIND_A_LAYER and reader.graph is self._graph  # and not in a body
-            if not known or not all(v is None or is_initializer(v) for v in others):
-                break
-            inputs = [result if value is original else value for value in reader.inputs]
-            copy = ir.Node(
-                reader.domain,
-                reader.op_type,
-                inputs,
-                list(reader.attributes.values()),
-                name=self._names.fresh(f"{reader.name}{_COPY}"),
-            )
-            copy.outputs[0].name = self._names.fresh(f"{reader.name}_copy_output")
-            self._graph.append(copy)
-            result, original = copy.outputs[0], reader.outputs[0]
-        return result, original
+    def _copy(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Value:
+        name, attributes = self._names.fresh(f"{node.name}_auto_copy"), list(node.attributes.values())
+        copy = ir.Node(node.domain, node.op_type, inputs, attributes, name=name)
+        copy.outputs[0].name = self._names.fresh(f"{node.name}_copy_output")
+        self._graph.append(copy)
+        return copy.outputs[0]
 
     def _reduce(self, op: str, value: ir.Value, axes: list[int], keepdims: int) -> ir.Value:
         """A reduction over some axes; over all where none is given."""

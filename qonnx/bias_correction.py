@@ -5,13 +5,15 @@ output channel by a constant, and the shifts add up over the layers. The remedy 
 
     b <- b + E[y - y_q]        per output channel (Nagel et al. 2019, "Data-Free Quantization", section 4.2)
 
-where y is the result of the float layer and y_q that of the quantized one. Where Relu or Clip alone read it, the mean
-behind these is kept, to first order:
+where y is the result of the float layer and y_q that of the quantized one. Where all that reads it is an activation
+function, in one node or spelled out in several, the mean behind this is kept, to first order:
 
-    b <- b + E[act(y) - act(y_q)] / P        P: the share of elements that act lets through, the mean over both networks
+    b <- b + E[act(y) - act(y_q)] sign(E[s]) / E[|s|]       s: the slope of act in the middle between y and y_q
 
-Most of y may lie far below 0, with another error: it shrinks where small inputs are rounded to 0. The mean over all of
-y would move the few elements that count, and more in each further layer.
+Most of y may lie far below 0, where Relu, SiLU and GELU let nothing through, with another error: it shrinks where small
+inputs are rounded to 0. The mean over all of y would move the few elements that count, and more in each further layer.
+SiLU and GELU fall before they rise: E[s] may be next to nothing, and dividing by it would move y by any amount. By
+E[|s|], the step is the right one where act only rises, and a shorter one elsewhere.
 
 Each layer has to see inputs that are corrected already. Here the float and the quantized network run side by side in
 one graph, and every quantized layer's result is moved by the mean before it is passed on: one pass corrects all layers,
@@ -28,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from qonnx.activation import Activation, activation_of
 from qonnx.graph import Names, is_initializer, rank, subgraphs
 from qonnx.linear import CONVOLUTIONS, Linear, linear_of
 from qonnx.passes.insert_qdq import InsertQDQ
@@ -37,8 +40,12 @@ from qonnx.runtime import session
 
 _SIZED_BY_DATA = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 
-# Each element of their result is that of their input, or a bound.
-_LET_THROUGH = frozenset({"Clip", "Relu"})
+# How far from the middle a slope is measured, as a share of the error's root mean square: where an activation bends, a
+# wide step sees slopes that neither network has.
+_STEP = np.array(0.25, np.float32)
+
+# Below this an error is none; it only keeps 0 / 0 away.
+_NO_ERROR = np.array(1e-12, np.float32)
 
 # Below this share nothing counts; it only keeps 0 / 0 away.
 _NO_SHARE = np.array(1e-12, np.float32)
@@ -152,8 +159,8 @@ class SideBySide(NamedTuple):
     Attributes:
         model: the graph. Its outputs are the keys of `differences` and the values of `shares`.
         differences: outputs [samples, channels], the result of the float layer minus that of the quantized one, each
-            with its layer; behind its Relu or Clip where it has one.
-        shares: for these, the output [samples, channels] that tells the share of the elements that are let through.
+            with its layer; behind its activation where it has one.
+        shares: for these, the output [samples, channels] that tells the mean of the absolute slope.
         twins: for every value of the quantized network, by its name there, the value that stands for it here.
     """
 
@@ -267,15 +274,17 @@ def _correct(
     channel = 1 if layer.op_type in CONVOLUTIONS else dimensions - 1
     rest = [axis for axis in range(1, dimensions) if axis != channel]
     every = [axis for axis in range(dimensions) if axis != channel]
-    full, counted = nodes.add("Sub", [original, value]), None
-    activation = _activation(layer)
-    if activation is not None:
-        full, counted = _behind(nodes, activation, float_values, full)
-    full = nodes.cast(full)
-    shift, share = nodes.mean(full, every, 1), None
-    if counted is not None:
-        share = nodes.returned(nodes.mean(counted, rest, 0))
-        shift = nodes.add("Div", [shift, nodes.add("Max", [nodes.mean(counted, every, 1), nodes.stored(_NO_SHARE)])])
+    error = nodes.add("Sub", [original, value])
+    linear = linear_of(layer)
+    activation = None if linear is None else activation_of(linear.output)
+    if activation is None:
+        full, share = nodes.cast(error), None
+        shift = nodes.mean(full, every, 1)
+    else:
+        full, slope = _behind(nodes, activation, float_values, error, every)
+        share = nodes.returned(nodes.mean(slope, rest, 0))
+        least = nodes.add("Max", [nodes.mean(slope, every, 1), nodes.stored(_NO_SHARE)])
+        shift = nodes.add("Div", [nodes.mean(full, every, 1), least])
     if original.dtype not in (None, ir.DataType.FLOAT):
         shift = nodes.cast(shift, original.dtype)
     corrected = nodes.add("Add", [value, shift])
@@ -284,23 +293,28 @@ def _correct(
 
 
 def _behind(
-    nodes: _Nodes, activation: ir.Node, float_values: Mapping[str | None, ir.Value], error: ir.Value
+    nodes: _Nodes,
+    activation: Activation,
+    float_values: Mapping[str | None, ir.Value],
+    error: ir.Value,
+    every: list[int],
 ) -> tuple[ir.Value, ir.Value]:
-    """The difference behind the activation of a layer, and how much each element counts: 0, 1/2 or 1."""
-    exact, *bounds = (None if value is None else float_values[value.name] for value in activation.inputs)
-    assert exact is not None
-    rounded, after = nodes.add("Sub", [exact, error]), float_values[activation.outputs[0].name]
-    result = nodes.add(activation.op_type, [rounded, *bounds], activation.attributes)
-    through = [nodes.cast(nodes.add("Equal", pair)) for pair in ((exact, after), (rounded, result))]
-    half = nodes.stored(np.array(0.5, np.float32))
-    return nodes.add("Sub", [after, result]), nodes.add("Mul", [nodes.add("Add", through), half])
+    """The difference behind the activation of a layer, so signed that y has to follow it, and the absolute slope."""
 
+    def act(source: ir.Value) -> ir.Value:
+        values = {activation.source: source}
+        for node in activation.nodes:
+            read = [None if v is None else values[v] if v in values else float_values[v.name] for v in node.inputs]
+            values[node.outputs[0]] = nodes.add(node.op_type, read, node.attributes)
+        return nodes.cast(values[activation.result])
 
-def _activation(layer: ir.Node) -> ir.Node | None:
-    """The Relu or Clip that alone reads what a layer and its bias give, in the float network."""
-    linear = linear_of(layer)
-    if linear is None or linear.output.is_graph_output() or len(linear.output.uses()) != 1:
-        return None
-    (reader,) = (usage.node for usage in linear.output.uses())
-    known = reader.op_type in _LET_THROUGH and reader.domain == "" and reader.graph is layer.graph
-    return reader if known and reader.inputs[0] is linear.output else None
+    exact, after = (float_values[value.name] for value in (activation.source, activation.result))
+    change = nodes.add("Sub", [nodes.cast(after), act(nodes.add("Sub", [exact, error]))])
+    half, wide = nodes.stored(np.array(0.5, np.float32)), nodes.cast(error)
+    size = nodes.add("Sqrt", [nodes.mean(nodes.add("Mul", [wide, wide]), every, 1)])
+    step = nodes.add("Max", [nodes.add("Mul", [size, nodes.stored(_STEP)]), nodes.stored(_NO_ERROR)])
+    middle = nodes.add("Sub", [nodes.cast(exact), nodes.add("Mul", [wide, half])])
+    ends = [act(nodes.cast(nodes.add(op, [middle, step]), exact.dtype or ir.DataType.FLOAT)) for op in ("Add", "Sub")]
+    slope = nodes.add("Div", [nodes.add("Mul", [nodes.add("Sub", ends), half]), step])
+    sign = nodes.add("Sign", [nodes.mean(slope, every, 1)])
+    return nodes.add("Mul", [change, sign]), nodes.add("Abs", [slope])

@@ -72,12 +72,43 @@ def rounded(plan: QuantPlan, value: str, array: Array) -> Array:
     return np.asarray(np.clip(np.round(array / scale), -128, 127) * scale)
 
 
+def sigmoid(x: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+# What stands in the place of Relu(a), and what it computes.
+FUNCTIONS: dict[str, tuple[str, Callable[[Array], Array]]] = {
+    "Relu": ("r = Relu(a)", lambda x: np.maximum(x, 0)),
+    "Clip": ("r = Clip(a, low, high)", lambda x: np.clip(x, 0, 1)),
+    "Clip and Min": ("k = Clip(a, low) r = Min(k, high)", lambda x: np.clip(x, 0, 1)),
+    "LeakyRelu": ("r = LeakyRelu <alpha = 0.1> (a)", lambda x: np.maximum(x, 0.1 * x)),
+    "SiLU": ("s = Sigmoid(a) r = Mul(a, s)", lambda x: x * sigmoid(x)),
+    "HardSwish": (
+        "s = HardSigmoid <alpha = 0.1666667, beta = 0.5> (a) r = Mul(s, a)",
+        lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
+    ),
+    "GELU by Tanh": (
+        "u = Mul(a, a) v = Mul(u, a) e = Mul(v, cubic) t = Add(a, e) k = Mul(t, root) h = Tanh(k) o = Add(h, high) "
+        "p = Mul(a, o) r = Mul(half, p)",
+        lambda x: 0.5 * x * (1 + np.tanh(0.7978846 * (x + 0.044715 * x**3))),
+    ),
+}
+CONSTANTS = (
+    "<float low = {0}, float high = {1}, float half = {0.5}, float cubic = {0.044715}, float root = {0.7978846}>"
+)
+
+
 def reference(
-    model: ir.Model, plan: QuantPlan, batches: Batches, layer: Callable[[Array, Array], Array], channel: int
+    model: ir.Model,
+    plan: QuantPlan,
+    batches: Batches,
+    layer: Callable[[Array, Array], Array],
+    channel: int,
+    act: Callable[[Array], Array] = FUNCTIONS["Relu"][1],
 ) -> list[Array]:
     """Shifts of both layers: the mean of the difference, shrunk by its uncertainty over the samples.
 
-    That of the first layer is taken behind its Relu, and divided by the share of what this lets through.
+    That of the first layer is taken behind its activation, and divided by the mean of the absolute slope.
     """
     seen: list[list[Array]] = [[], []]
     first_bias = stored(model, "b1").reshape([-1 if axis == channel else 1 for axis in range(4 if channel == 1 else 3)])
@@ -91,14 +122,17 @@ def reference(
             difference, counts = result - other, np.ones(result.shape)
             if number == 0:
                 before, after = result + first_bias, other + first_bias
-                difference = np.maximum(before, 0) - np.maximum(after, 0)
-                counts = ((before >= 0).astype(float) + (after >= 0)) / 2
+                step = 0.25 * np.sqrt(np.square(difference).mean(axis=rest, keepdims=True))
+                middle = (before + after) / 2
+                slope = (act(middle + step) - act(middle - step)) / (2 * step)
+                difference = (act(before) - act(after)) * np.sign(slope.mean(axis=rest, keepdims=True))
+                counts = np.abs(slope)
             seen[number].append(np.stack([difference.mean(axis=rest[1:]), counts.mean(axis=rest[1:])]))
             share = np.maximum(counts.mean(axis=rest, keepdims=True), 1e-12)
             other = other + difference.mean(axis=rest, keepdims=True) / share
             if number == 0:
-                exact = np.maximum(result + first_bias, 0)
-                inexact = rounded(plan, "r", np.maximum(other + first_bias, 0))
+                exact = act(result + first_bias)
+                inexact = rounded(plan, "r", act(other + first_bias))
     shifts = []
     for samples, shares in (np.concatenate(list_of, axis=1) for list_of in seen):
         mean = samples.mean(axis=0) / shares.mean(axis=0)
@@ -125,6 +159,19 @@ def test_shifts_are_the_shrunk_mean_differences_layer_after_layer(
     for bias, shift in zip(corrected.biases, expected, strict=True):
         assert np.abs(shift).max() > 1e-3
         np.testing.assert_allclose(bias.shift, shift, atol=1e-5 + 1e-3 * np.abs(shift).max())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_mean_is_kept_behind(name: str) -> None:
+    nodes, act = FUNCTIONS[name]
+    text = CONVS.replace("r = Relu(a)", nodes).replace("{ [first]", f"{CONSTANTS} {{ [first]")
+    model, batches = model_of(text, weights="w1 w2 b1", scale=0.3), skewed(4, 16, 6, 6)
+    # Some channels lie where SiLU and GELU fall.
+    model.graph.initializers["b1"].const_value = ir.tensor(np.linspace(-2, 1, 16, dtype=np.float32), name="b1")
+    plan = planned(model, batches)
+    (found, _) = correct_biases(model, plan, batches).biases
+    (expected, _) = reference(model, plan, batches, convolve, 1, act)
+    np.testing.assert_allclose(found.shift, expected, atol=1e-5 + 2e-3 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("text", "shape"), [(CONVS, (16, 16, 6, 6)), (PRODUCTS, (64, 5, 16))])
