@@ -190,6 +190,18 @@ def test_the_reason_that_the_file_holds_is_told(folder: Path) -> None:
             "s w",
             ("float", "int8 per tensor", True),
         ),
+        (
+            "g (float[5,n,32] x, int8[1,32,64] w, int8[1,16,64] r, float[1] s, int8[1] z) => (float[5,1,n,16] y)"
+            "{ y = com.microsoft.DynamicQuantizeLSTM <hidden_size = 16> (x, w, r, , , , , , s, z, s, z) }",
+            "s",
+            ("int8", "uint8 per tensor, scale found at run time", True),
+        ),
+        (
+            "g (float[n,32] x, int8[32,8] w, float s, int8 z) => (float[n,8] y)"
+            "{ y = com.microsoft.DynamicQuantizeMatMul(x, w, s, z) }",
+            "s",
+            ("int8", "uint8 per tensor, scale found at run time", True),
+        ),
     ],
 )
 def test_other_formats(text: str, weights: str, described: tuple[str, str, bool]) -> None:

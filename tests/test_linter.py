@@ -386,6 +386,13 @@ def test_the_compiler_agrees(case: Broken, tmp_path: Path) -> None:
             build_engine(tmp_path / "net.onnx", tmp_path / "net.plan")
 
 
+def test_a_weight_only_file_gets_one_remedy_for_all_layers() -> None:
+    findings = lint(graph(f"{DQ_W} m = MatMul(x, w_d) y = MatMul(m, w_d)", x="float[64,64] x"))
+    assert [finding.rule for finding in findings] == ["W3", "W3"]
+    assert len({finding.remedy for finding in findings}) == 1
+    assert "only the weight" in findings[0].message
+
+
 FLOAT_CASES = [case for case in WARNING_CASES if case.rule in ("W1", "W2", "W3", "W4", "W6")]
 
 

@@ -23,6 +23,7 @@ _RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 # Operators on integers: which inputs are the two operands, and what they are called.
 _INTEGER_PRODUCTS = {
     "ConvInteger": (0, 1),
+    "DynamicQuantizeLSTM": (0, 1),
     "DynamicQuantizeMatMul": (0, 1),
     "MatMulInteger": (0, 1),
     "MatMulIntegerToFloat": (0, 1),
@@ -32,6 +33,9 @@ _INTEGER_PRODUCTS = {
     "QLinearConv": (0, 3),
     "QLinearMatMul": (0, 3),
 }
+
+# Of these, those that round what they read themselves.
+_DYNAMIC = frozenset({"DynamicQuantizeLSTM", "DynamicQuantizeMatMul"})
 
 # Types that are no quantization of anything.
 _FLOATS = frozenset({"float", "float16", "bfloat16", "double", "unknown"})
@@ -165,6 +169,8 @@ def _layer(node: ir.Node, reasons: dict[str, str]) -> LayerView | None:
         bits, block = node.attributes.get_int("bits", 4), node.attributes.get_int("block_size", 0)
         stored = f"int{bits} in blocks of {block}"
     multiplied = " and ".join(dict.fromkeys(_described(value) for value in others))
+    if node.op_type in _DYNAMIC:
+        multiplied = "uint8 per tensor, scale found at run time"
     if node.op_type == "Gather":
         multiplied = ""
     quantized = any(kind and kind.split()[0] not in _FLOATS for kind in (stored, multiplied))

@@ -31,7 +31,7 @@ def inspection_tables(found: Inspection, each: bool = False) -> list[Text]:
         lines += [Text(), Text(title, TITLE), *(_every(found.layers) if each else _alike(found.layers))]
     lines += [Text(f"note: {note}") for note in found.notes[:_NODES]]
     if len(found.notes) > _NODES:
-        lines.append(Text(f"and {len(found.notes) - _NODES} more notes of this kind: --json has all"))
+        lines.append(Text(f"and {count(len(found.notes) - _NODES, 'more note')} of this kind: --json has all"))
     return lines
 
 

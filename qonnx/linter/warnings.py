@@ -115,6 +115,12 @@ def w3_one_operand(site: Site) -> Finding | None:
         return None  # W4
     if any(_is_rounded_for_its_producer(operand, bare) for operand in operands):
         return None
+    if any(operand is not None and operand.weight is not None for operand in operands):
+        return site.warning(  # the same remedy for all layers: a weight-only file is one finding for who reads it
+            "W3",
+            f"only the weight of {node.op_type} is quantized: it multiplies in float",
+            "quantize what these read, too, unless smaller weights are all that is wanted",
+        )
     return site.warning(
         "W3",
         f"only one operand of {node.op_type} is quantized: it multiplies in float",
