@@ -399,6 +399,19 @@ def test_a_convolution_that_absorbed_its_batchnorm_is_compared_after_it() -> Non
     assert found.unmatched_layers == ()
 
 
+def test_a_relu_that_codes_stand_for_is_compared_behind_them() -> None:
+    signature = "(float[n, 1, 2, 2] x) => (float[n, 2, 2, 2] y)"
+    weights = "<float[2, 1, 1, 1] w = {1, -1}, float s = {1}, uint8 z = {0}>"
+    reference = graph("[conv] c = Conv(x, w) r = Relu(c) y = Neg(r)", signature, weights)
+    bounded = "[conv] r = Conv(x, w) q = QuantizeLinear(r, s, z) d = DequantizeLinear(q, s, z) y = Neg({})"
+    batch = np.array([[[[3, -2], [1, -5]]]], np.float32)
+    found = compare(reference, graph(bounded.format("d"), signature, weights), [batch], layers=True)
+    assert [(layer.name, layer.op, layer.max_error) for layer in found.layers] == [("r", "Conv", 0)]
+    # Another reader than the codes sees what lies below 0.
+    found = compare(reference, graph(bounded.format("r"), signature, weights), [batch], layers=True)
+    assert [(layer.name, layer.op, layer.max_error) for layer in found.layers] == [("r", "Conv", 5)]
+
+
 def test_shapes_outside_a_file_are_read(tmp_path: Path) -> None:
     body = "p = Shape(x) k = Add(p, z) y = Reshape(x, k) v = Reshape(y, s)"
     model = graph(
