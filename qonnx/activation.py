@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 
-from qonnx.graph import is_float, is_initializer, rank
+from qonnx.graph import constant, is_float, rank
 
 # fmt: off
 _ELEMENTWISE = frozenset({
@@ -30,8 +31,8 @@ class Activation(NamedTuple):
 
     Attributes:
         source: the value that it is a function of.
-        nodes: what computes it, in an order in which it can be computed. They read `source`, each other and
-            initializers.
+        nodes: what computes it, in an order in which it can be computed. They read `source`, each other and constants:
+            one number each, or one per channel.
         result: the only value of these nodes that anything else reads; nothing else reads `source`.
     """
 
@@ -61,8 +62,27 @@ def _is_elementwise(node: ir.Node, inside: Collection[ir.Value], source: ir.Valu
         return False
     if node.op_type == "Cast" and not is_float(node.outputs[0]):
         return False
+    if node.op_type in ("Div", "Pow") and node.inputs[1] in inside:
+        return False  # no bound, where what it divides by is near 0
     constants = [value for value in node.inputs if value is not None and value not in inside]
-    return all(is_initializer(value) and (rank(value) or 0) <= (rank(source) or 0) for value in constants)
+    if node.op_type == "Pow" and not all(_is_whole(value) for value in constants):
+        return False  # a root has no value below 0
+    return all(_keeps_shape(value, source) for value in constants)
+
+
+def _keeps_shape(value: ir.Value, source: ir.Value) -> bool:
+    """Whether it is one finite number, or one for each channel; the mask of an attention is none of that."""
+    stored, dimensions = constant(value), rank(source) or 0
+    if stored is None or stored.ndim > dimensions or not np.isfinite(stored).all():
+        return False
+    wide = [axis - stored.ndim for axis, size in enumerate(stored.shape) if size != 1]
+    return not wide or (len(wide) == 1 and source.shape is not None and source.shape[wide[0]] == stored.shape[wide[0]])
+
+
+def _is_whole(value: ir.Value) -> bool:
+    """Whether it is a constant of whole numbers from 0 on."""
+    stored = constant(value)
+    return stored is not None and bool((stored >= 0).all() and (stored == np.round(stored)).all())
 
 
 def _is_seen(value: ir.Value, nodes: Collection[ir.Node]) -> bool:

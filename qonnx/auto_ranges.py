@@ -106,15 +106,15 @@ class _Shadows:
         self._names = Names(self.model)
         self._opset = self.model.opset_imports.get("", 0)
         self._biases_corrected = biases_corrected
+        nodes = {node.name: node for node in self._graph}
+        placed = [nodes[operand.edge.node] for layer in placement.layers for operand in layer.operands]
+        self._activations = {node: activation_of(node.outputs[0]) for node in placed}
         self._graph.outputs.clear()
         scales = self._input("scales", ir.DataType.FLOAT, len(values))
         zero_points = self._input("zero_points", dtype.onnx, len(values))
         self.scales, self.zero_points = scales.name or "", zero_points.name or ""
         self.errors: list[tuple[int, str, str]] = []
         index = {value: number for number, value in enumerate(values)}
-        nodes = {node.name: node for node in self._graph}
-        placed = [nodes[operand.edge.node] for layer in placement.layers for operand in layer.operands]
-        self._activations = {node: activation_of(node.outputs[0]) for node in placed}
         rounded: dict[str, ir.Value] = {}
         for layer in placement.layers:
             for operand in layer.operands if not layer.reason else ():

@@ -8,12 +8,12 @@ output channel by a constant, and the shifts add up over the layers. The remedy 
 where y is the result of the float layer and y_q that of the quantized one. Where all that reads it is an activation
 function, in one node or spelled out in several, the mean behind this is kept, to first order:
 
-    b <- b + E[act(y) - act(y_q)] sign(E[s]) / E[|s|]       s: the slope of act in the middle between y and y_q
+    b <- b + E[act(y) - act(y_q)] sign(E[s]) / E[|s|]       s: the slope of act from y_q to y
 
 Most of y may lie far below 0, where Relu, SiLU and GELU let nothing through, with another error: it shrinks where small
 inputs are rounded to 0. The mean over all of y would move the few elements that count, and more in each further layer.
 SiLU and GELU fall before they rise: E[s] may be next to nothing, and dividing by it would move y by any amount. By
-E[|s|], the step is the right one where act only rises, and a shorter one elsewhere.
+E[|s|], it moves as far as that where act only rises, or only falls, and less far elsewhere.
 
 Each layer has to see inputs that are corrected already. Here the float and the quantized network run side by side in
 one graph, and every quantized layer's result is moved by the mean before it is passed on: one pass corrects all layers,
@@ -40,8 +40,8 @@ from qonnx.runtime import session
 
 _SIZED_BY_DATA = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"})
 
-# How far from the middle a slope is measured, as a share of the error's root mean square: where an activation bends, a
-# wide step sees slopes that neither network has.
+# A slope is measured this far on both sides of the middle where the error is smaller, as a share of the error's root
+# mean square: the quotient of two differences that are next to nothing is noise.
 _STEP = np.array(0.25, np.float32)
 
 # Below this an error is none; it only keeps 0 / 0 away.
@@ -308,13 +308,15 @@ def _behind(
             values[node.outputs[0]] = nodes.add(node.op_type, read, node.attributes)
         return nodes.cast(values[activation.result])
 
-    exact, after = (float_values[value.name] for value in (activation.source, activation.result))
-    change = nodes.add("Sub", [nodes.cast(after), act(nodes.add("Sub", [exact, error]))])
-    half, wide = nodes.stored(np.array(0.5, np.float32)), nodes.cast(error)
-    size = nodes.add("Sqrt", [nodes.mean(nodes.add("Mul", [wide, wide]), every, 1)])
-    step = nodes.add("Max", [nodes.add("Mul", [size, nodes.stored(_STEP)]), nodes.stored(_NO_ERROR)])
-    middle = nodes.add("Sub", [nodes.cast(exact), nodes.add("Mul", [wide, half])])
+    exact = float_values[activation.source.name]
+    # The float network's own result would have to be kept until its twin is reached, for every layer.
+    change = nodes.add("Sub", [act(exact), act(nodes.add("Sub", [exact, error]))])
+    half = nodes.add("Mul", [nodes.cast(error), nodes.stored(np.array(0.5, np.float32))])
+    size = nodes.add("Sqrt", [nodes.mean(nodes.add("Mul", [half, half]), every, 1)])
+    least = nodes.add("Max", [nodes.add("Mul", [size, nodes.stored(2 * _STEP)]), nodes.stored(_NO_ERROR)])
+    step = nodes.add("Max", [nodes.add("Abs", [half]), least])
+    middle = nodes.add("Sub", [nodes.cast(exact), half])
     ends = [act(nodes.cast(nodes.add(op, [middle, step]), exact.dtype or ir.DataType.FLOAT)) for op in ("Add", "Sub")]
-    slope = nodes.add("Div", [nodes.add("Mul", [nodes.add("Sub", ends), half]), step])
+    slope = nodes.add("Div", [nodes.add("Sub", ends), nodes.add("Add", [step, step])])
     sign = nodes.add("Sign", [nodes.mean(slope, every, 1)])
     return nodes.add("Mul", [change, sign]), nodes.add("Abs", [slope])

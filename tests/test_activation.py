@@ -7,7 +7,11 @@ from qonnx.activation import Activation, activation_of
 from qonnx.passes.infer_shapes import InferShapes
 from tests.graphs import model_of
 
-CONSTANTS = "<float low = {0}, float high = {6}, float half = {0.5}, float one = {1}, float root = {1.4142135}>"
+CONSTANTS = (
+    "<float low = {0}, float high = {6}, float half = {0.5}, float one = {1}, float root = {1.4142135}, "
+    "int64 cube = {3}, float[2,2] mask = {0, -1e9, 0, 0}, float hidden = {-inf}, "
+    "float[7,1] seven = {0, 0, 0, 0, 0, 0, 0}>"
+)
 
 
 def activation_behind(nodes: str, outputs: str = "float[n,16] y", constants: str = CONSTANTS) -> Activation | None:
@@ -31,6 +35,7 @@ FOUND = {
         "Div Mul Erf Add Mul",
         "y",
     ),
+    "a whole power": ("y = Pow(a, cube)", "Pow", "y"),
     "what follows from it": ("r = Relu(a) y = Mul(r, half)", "Relu Mul", "y"),
     "the part that alone is read": ("r = Relu(a) h = Mul(r, half) y = Add(r, h) ", "Relu Mul Add", "y"),
     "up to two readers": ("s = Sigmoid(a) r = Mul(a, s) t = Tanh(r) y = MatMul(r, t)", "Sigmoid Mul", "r"),
@@ -57,6 +62,12 @@ LEAVES_ALONE = {
     "two results": "r = Relu(a) t = Tanh(a) u = Softmax(r) v = Softmax(t) y = Add(u, v)",
     "a gate of something else": "s = Sigmoid(other) y = Mul(a, s)",
     "a bound that is computed": "m = Softmax(other) y = Min(a, m)",
+    "a mask": "y = Add(a, mask)",
+    "a mask that hides": "y = Add(a, hidden)",
+    "a row that makes another shape": "y = Add(a, seven)",
+    "a root": "y = Pow(a, half)",
+    "its inverse": "y = Div(one, a)",
+    "an exponent": "y = Pow(high, a)",
     "truth": "c = Greater(a, low) y = Where(c, other, x)",
     "whole numbers": "i = Cast <to = 7> (a) y = Gather <axis = 1> (other, i)",
 }
@@ -76,8 +87,16 @@ def test_an_output_of_the_model_is_read() -> None:
 
 def test_a_constant_of_a_higher_rank_changes_the_shape() -> None:
     nodes = "y = Mul(a, box)"
-    assert activation_behind(nodes, constants="<float[2,1,1] box = {1, 2}>") is None
+    assert activation_behind(nodes, constants="<float[1,1,1] box = {1}>") is None
     assert activation_behind(nodes, constants="<float[1,1] box = {1}>") is not None
+
+
+def test_a_constant_that_widens_the_only_channel() -> None:
+    text = "g (float[n,16] x, float[16,1] w, float[4] row) => (float[n,4] y) { [fc] a = Gemm(x, w) y = Mul(a, row) }"
+    model = model_of(text, weights="w row")
+    InferShapes()(model)
+    (value,) = [value for node in model.graph for value in node.outputs if value.name == "a"]
+    assert activation_of(value) is None
 
 
 def test_a_body_is_no_activation() -> None:

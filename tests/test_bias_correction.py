@@ -8,11 +8,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from qonnx.bias_correction import correct_biases
+from qonnx.bias_correction import bias_edges, correct_biases, side_by_side
 from qonnx.comparison import difference
 from qonnx.passes.insert_qdq import InsertQDQ
 from qonnx.plan import QuantPlan
 from qonnx.recipe import Match, Recipe, Rule, load_recipe
+from qonnx.runtime import session
 from tests.graphs import model_of
 from tests.helpers import run
 from tests.test_plan import planned
@@ -122,7 +123,8 @@ def reference(
             difference, counts = result - other, np.ones(result.shape)
             if number == 0:
                 before, after = result + first_bias, other + first_bias
-                step = 0.25 * np.sqrt(np.square(difference).mean(axis=rest, keepdims=True))
+                least = 0.25 * np.sqrt(np.square(difference).mean(axis=rest, keepdims=True))
+                step = np.maximum(np.abs(difference) / 2, least)
                 middle = (before + after) / 2
                 slope = (act(middle + step) - act(middle - step)) / (2 * step)
                 difference = (act(before) - act(after)) * np.sign(slope.mean(axis=rest, keepdims=True))
@@ -375,6 +377,27 @@ def test_a_channel_that_is_let_through_in_one_sample_is_left_alone() -> None:
     plan = planned(model, batches)
     assert [layer.node for layer in plan.quantized_layers] == ["fc"]
     assert not correct_biases(model, plan, batches).biases
+
+
+def test_no_layer_is_moved_further_than_its_error_reaches() -> None:
+    """A channel that hardly anything passes: what it lets through must not be divided by next to nothing."""
+    text = (
+        "g (float[n,32] x, float[32,4096] w, float[4096] b) => (float[n,4096] y) { [fc] p = Gemm(x, w, b) y = Relu(p) }"
+    )
+    model = model_of(text, weights="w b", scale=0.3)
+    batches = skewed(4, 32, count=24)
+    x = np.concatenate([batch["x"] for batch in batches]).astype(np.float64)
+    bias = -np.quantile(x @ stored(model, "w"), 0.97, axis=0)
+    model.graph.initializers["b"].const_value = ir.tensor(bias.astype(np.float32), name="b")
+    plan = planned(model, batches)
+    both = side_by_side(model, plan, bias_edges(model, plan))
+    runner, ((output, _),) = session(both.model), both.differences.items()
+    for batch in batches:
+        found = runner.run(batch)
+        data = batch["x"].astype(np.float64)
+        error = data @ stored(model, "w") - rounded(plan, "x", data) @ rounded(plan, "w", stored(model, "w"))
+        shift = found[output].sum(axis=0) / np.maximum(found[both.shares[output]].sum(axis=0), 1e-12)
+        assert (np.abs(shift) <= 4 * np.abs(error).max(axis=0)).all()
 
 
 def test_an_activation_in_a_body_is_not_behind_the_layer() -> None:
