@@ -16,7 +16,7 @@ import msgspec
 import onnx_ir as ir
 
 from qonnx.auto_ranges import best_throughout, least_disturbing
-from qonnx.bias_correction import bias_edges, correct_biases
+from qonnx.bias_correction import activation_behind, bias_edges, correct_biases
 from qonnx.calibrators import Auto, Average, MinMax
 from qonnx.comparison import NOTHING_COMPARED, Comparison, ModelSource, compare
 from qonnx.custom_operators import attach, runnable
@@ -200,11 +200,12 @@ def _rounded(job: Job, plan: QuantPlan, corrects: bool) -> Rounded:
     """Chooses the codes of all weights of a plan, and corrects biases where that is wanted."""
     if not corrects or not job.sample:
         return round_weights(job.prepared, plan, job.sample)
-    corrected = {node.name or "" for node in bias_edges(job.prepared, plan)}
+    # Behind an activation, biases take up the mean of what counts there, not that over all samples.
+    corrected = {node.name or "" for node in bias_edges(job.prepared, plan) if activation_behind(node) is None}
     found = _corrected(job, round_weights(job.prepared, plan, job.sample, corrected))
     made = {bias.node for bias in found.plan.biases}
-    if asks_for_data(found.plan) and made < corrected:  # few samples do not tell a mean: then it counts in the choice
-        found = _corrected(job, round_weights(job.prepared, plan, job.sample, made))
+    if asks_for_data(found.plan) and corrected - made:  # few samples do not tell a mean: then it counts in the choice
+        found = _corrected(job, round_weights(job.prepared, plan, job.sample, corrected & made))
     return found
 
 

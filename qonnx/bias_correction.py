@@ -100,6 +100,12 @@ def bias_edges(model: ir.Model, plan: QuantPlan) -> dict[ir.Node, Edge]:
     return {layer.node: edge for layer in _correctable(model, plan) if (edge := _bias_edge(layer)) is not None}
 
 
+def activation_behind(layer: ir.Node) -> Activation | None:
+    """What is all that reads the result of a linear layer and its bias, element by element; None where nothing is."""
+    linear = linear_of(layer)
+    return None if linear is None else activation_of(linear.output)
+
+
 def _correctable(model: ir.Model, plan: QuantPlan) -> list[Linear]:
     quantized = {layer.node for layer in plan.quantized_layers}
     found = [linear_of(node) for node in model.graph if node.name in quantized]
@@ -275,8 +281,7 @@ def _correct(
     rest = [axis for axis in range(1, dimensions) if axis != channel]
     every = [axis for axis in range(dimensions) if axis != channel]
     error = nodes.add("Sub", [original, value])
-    linear = linear_of(layer)
-    activation = None if linear is None else activation_of(linear.output)
+    activation = activation_behind(layer)
     if activation is None:
         full, share = nodes.cast(error), None
         shift = nodes.mean(full, every, 1)

@@ -83,7 +83,8 @@ def round_weights(
         model: the prepared float model that the plan was made for; it is not changed.
         plan: the scales are kept.
         batches: calibration data; without any, weights are rounded to nearest.
-        corrected: node names of the layers whose biases are corrected: see `qonnx.bias_correction`.
+        corrected: node names of the layers whose biases take up the mean over all that they make: see
+            `qonnx.bias_correction`.
     """
     wanted = [tensor for tensor in plan.weights if tensor.rounding is not Rounding.NEAREST]
     if not wanted:

@@ -337,6 +337,29 @@ def stored_codes(path: Path) -> Array:
     return np.asarray(codes)
 
 
+@pytest.mark.parametrize(("activation", "centred"), [("Identity(h)", True), ("Relu(h)", False)])
+def test_behind_an_activation_the_mean_over_all_counts_in_the_choice(
+    activation: str, centred: bool, tmp_path: Path
+) -> None:
+    """Biases take up the mean of what the activation lets through there, which is another one."""
+    text = (
+        "g (float[n,48] x, float[48,32] w, float[32] b) => (float[n,32] y) "
+        f"{{ [n] h = Gemm(x, w, b) y = {activation} }}"
+    )
+    model = model_of(text, weights="w b")
+    batches = [{"x": batch["x"] + 20} for batch in data(model, count=4, rows=64)]
+    results = [
+        qonnx.quantize(
+            model, batches, tmp_path / f"{corrects}.onnx", recipe="w4", target="ort-cpu",
+            settings=[f"correct_biases={str(corrects).lower()}"],
+        )
+        for corrects in (True, False)
+    ]  # fmt: skip
+    assert [bool(result.plan.biases) for result in results] == [True, False]
+    with_biases, without = (stored_codes(tmp_path / f"{corrects}.onnx") for corrects in (True, False))
+    assert np.array_equal(with_biases, without) != centred
+
+
 @pytest.mark.parametrize("granularity", ["per_channel", "{kind: blocked, block_size: 16}"])
 def test_filters_of_one_tap_are_matrices(granularity: str, tmp_path: Path) -> None:
     text = "g (float[n,48,3,3] x, float[32,48,1,1] w) => (float[n,32,3,3] y) { [n] y = Conv(x, w) }"
