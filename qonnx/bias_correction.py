@@ -44,11 +44,8 @@ _SIZED_BY_DATA = frozenset({"Compress", "NonMaxSuppression", "NonZero", "Unique"
 # mean square: the quotient of two differences that are next to nothing is noise.
 _STEP = np.array(0.25, np.float32)
 
-# Below this an error is none; it only keeps 0 / 0 away.
-_NO_ERROR = np.array(1e-12, np.float32)
-
-# Below this share nothing counts; it only keeps 0 / 0 away.
-_NO_SHARE = np.array(1e-12, np.float32)
+# Of errors and slopes that are 0: it only keeps 0 / 0 away.
+_LEAST = np.array(1e-12, np.float32)
 
 # Up to so many samples that count nothing tells a mean from chance.
 _ONE_SAMPLE = 1 + 1e-9
@@ -77,15 +74,15 @@ def correct_biases(
     edges = bias_edges(model, plan)
     if not edges:
         return plan
-    joint, outputs, shares, _ = side_by_side(model, plan, edges, quantized)
+    joint, outputs, slopes, _ = side_by_side(model, plan, edges, quantized)
     runner = session(joint)
     seen = {name: _Moments() for name in outputs}
     for batch in batches:
         results = runner.run(batch)
         for name in outputs:
-            share = results[shares[name]] if name in shares else np.ones_like(results[name])
+            slope = results[slopes[name]] if name in slopes else np.ones_like(results[name])
             channels = results[name].shape[-1]
-            seen[name].add(results[name].reshape(-1, channels), share.reshape(-1, channels))
+            seen[name].add(results[name].reshape(-1, channels), slope.reshape(-1, channels))
     biases = []
     for name, node in outputs.items():
         shift = seen[name].shrunk_mean()
@@ -127,33 +124,33 @@ def _bias_edge(layer: Linear) -> Edge | None:
 
 
 class _Moments:
-    """Sums over samples [samples, channels] and the share of their elements that counts: all that is kept of them."""
+    """Sums over samples [samples, channels] and the mean slopes of their elements: all that is kept of them."""
 
     def __init__(self) -> None:
         self._count = 0
         self._sums: npt.NDArray[np.float64] = np.zeros((5, 1))
 
-    def add(self, samples: npt.NDArray[Any], shares: npt.NDArray[Any]) -> None:
+    def add(self, samples: npt.NDArray[Any], slopes: npt.NDArray[Any]) -> None:
         self._count += len(samples)
-        pairs = ((samples, samples), (samples, shares), (shares, shares))
+        pairs = ((samples, samples), (samples, slopes), (slopes, slopes))
         products = [np.einsum("ij,ij->j", first, second, dtype=np.float64) for first, second in pairs]
-        sums = [each.sum(axis=0, dtype=np.float64) for each in (samples, shares)]
+        sums = [each.sum(axis=0, dtype=np.float64) for each in (samples, slopes)]
         self._sums = self._sums + np.stack([*sums, *products])
 
     def shrunk_mean(self) -> npt.NDArray[np.float64] | None:
-        """The mean, divided by that of what counts, times max(0, 1 - (its standard error / it)^2); 0 if nothing counts.
+        """The mean over that of the slopes, times max(0, 1 - (its standard error / it)^2); 0 where all slopes are 0.
 
         None with one sample, or when not all are finite. The error is that of a ratio of means (Cochran, Sampling
         Techniques, 1977, equation 6.13).
         """
         if self._count < 2 or not np.isfinite(self._sums).all():
             return None
-        total, share, squares, mixed, shares = self._sums
-        mean = np.divide(total, share, out=np.zeros_like(total), where=share > 0)
-        scatter = np.maximum(0.0, squares - 2 * mean * mixed + mean**2 * shares)  # sum of (sample - mean x share)^2
-        variance = np.divide(scatter, share**2, out=np.zeros_like(total), where=share > 0)
+        total, slope, squares, mixed, slopes = self._sums
+        mean = np.divide(total, slope, out=np.zeros_like(total), where=slope > 0)
+        scatter = np.maximum(0.0, squares - 2 * mean * mixed + mean**2 * slopes)  # sum of (sample - mean x slope)^2
+        variance = np.divide(scatter, slope**2, out=np.zeros_like(total), where=slope > 0)
         # Kish's effective number of samples: a channel that is let through in one of them shows nothing of the others.
-        effective = np.divide(share**2, shares, out=np.ones_like(total), where=shares > 0)
+        effective = np.divide(slope**2, slopes, out=np.ones_like(total), where=slopes > 0)
         lack = np.divide(effective, effective - 1, out=np.zeros_like(total), where=effective > _ONE_SAMPLE)
         certain = np.where(effective > _ONE_SAMPLE, np.maximum(0.0, mean**2 - variance * lack), 0.0)
         return np.asarray(np.divide(certain, mean, out=np.zeros_like(mean), where=mean != 0))
@@ -163,16 +160,16 @@ class SideBySide(NamedTuple):
     """The float and the quantized network in one graph.
 
     Attributes:
-        model: the graph. Its outputs are the keys of `differences` and the values of `shares`.
+        model: the graph. Its outputs are the keys of `differences` and the values of `slopes`.
         differences: outputs [samples, channels], the result of the float layer minus that of the quantized one, each
             with its layer; behind its activation where it has one.
-        shares: for these, the output [samples, channels] that tells the mean of the absolute slope.
+        slopes: for those with an activation, the output [samples, channels] that tells the mean of its absolute slope.
         twins: for every value of the quantized network, by its name there, the value that stands for it here.
     """
 
     model: ir.Model
     differences: dict[str, ir.Node]
-    shares: dict[str, str]
+    slopes: dict[str, str]
     twins: dict[str, ir.Value]
 
 
@@ -199,7 +196,7 @@ def side_by_side(
         twins[name] = twin
     layers = {node.name: node for node in edges}
     outputs: dict[str, ir.Node] = {}
-    shares: dict[str, str] = {}
+    slopes: dict[str, str] = {}
     for node in list(quantized.graph):
         if any(True for _ in subgraphs(node)) or node.op_type in _SIZED_BY_DATA:
             # A body is not copied: it reads values of the graph around it by reference. Both networks use one result.
@@ -211,12 +208,12 @@ def side_by_side(
         if node.name in layers:
             layer = layers[node.name]
             nodes = _Nodes(graph, names, layer)
-            difference, share, corrected = _correct(nodes, layer, float_values, twin_node.outputs[0])
+            difference, slope, corrected = _correct(nodes, layer, float_values, twin_node.outputs[0])
             twins[node.outputs[0].name or ""] = corrected
             outputs[difference.name or ""] = layer
-            if share is not None:
-                shares[difference.name or ""] = share.name or ""
-    return SideBySide(joint, outputs, shares, twins)
+            if slope is not None:
+                slopes[difference.name or ""] = slope.name or ""
+    return SideBySide(joint, outputs, slopes, twins)
 
 
 def _twin(node: ir.Node, twins: dict[str, ir.Value], names: Names) -> ir.Node:
@@ -274,7 +271,7 @@ class _Nodes:
 def _correct(
     nodes: _Nodes, layer: ir.Node, float_values: Mapping[str | None, ir.Value], value: ir.Value
 ) -> tuple[ir.Value, ir.Value | None, ir.Value]:
-    """Appends the difference per sample and channel as an output, the share that counts, and y_q moved by the mean."""
+    """Appends the difference per sample and channel as an output, its slope if there is one, y_q moved by the mean."""
     original = float_values[layer.outputs[0].name]
     dimensions = rank(original) or 0
     channel = 1 if layer.op_type in CONVOLUTIONS else dimensions - 1
@@ -283,18 +280,18 @@ def _correct(
     error = nodes.add("Sub", [original, value])
     activation = activation_behind(layer)
     if activation is None:
-        full, share = nodes.cast(error), None
+        full, returned = nodes.cast(error), None
         shift = nodes.mean(full, every, 1)
     else:
         full, slope = _behind(nodes, activation, float_values, error, every)
-        share = nodes.returned(nodes.mean(slope, rest, 0))
-        least = nodes.add("Max", [nodes.mean(slope, every, 1), nodes.stored(_NO_SHARE)])
+        returned = nodes.returned(nodes.mean(slope, rest, 0))
+        least = nodes.add("Max", [nodes.mean(slope, every, 1), nodes.stored(_LEAST)])
         shift = nodes.add("Div", [nodes.mean(full, every, 1), least])
     if original.dtype not in (None, ir.DataType.FLOAT):
         shift = nodes.cast(shift, original.dtype)
     corrected = nodes.add("Add", [value, shift])
     corrected.type, corrected.shape = value.type, value.shape
-    return nodes.returned(nodes.mean(full, rest, 0)), share, corrected
+    return nodes.returned(nodes.mean(full, rest, 0)), returned, corrected
 
 
 def _behind(
@@ -318,7 +315,7 @@ def _behind(
     change = nodes.add("Sub", [act(exact), act(nodes.add("Sub", [exact, error]))])
     half = nodes.add("Mul", [nodes.cast(error), nodes.stored(np.array(0.5, np.float32))])
     size = nodes.add("Sqrt", [nodes.mean(nodes.add("Mul", [half, half]), every, 1)])
-    least = nodes.add("Max", [nodes.add("Mul", [size, nodes.stored(2 * _STEP)]), nodes.stored(_NO_ERROR)])
+    least = nodes.add("Max", [nodes.add("Mul", [size, nodes.stored(2 * _STEP)]), nodes.stored(_LEAST)])
     step = nodes.add("Max", [nodes.add("Abs", [half]), least])
     middle = nodes.add("Sub", [nodes.cast(exact), half])
     ends = [act(nodes.cast(nodes.add(op, [middle, step]), exact.dtype or ir.DataType.FLOAT)) for op in ("Add", "Sub")]

@@ -1,6 +1,5 @@
 """What is taken for the activation of a layer, and what is not."""
 
-import onnx_ir as ir
 import pytest
 
 from qonnx.activation import Activation, activation_of
@@ -17,7 +16,12 @@ CONSTANTS = (
 def activation_behind(nodes: str, outputs: str = "float[n,16] y", constants: str = CONSTANTS) -> Activation | None:
     """That of the Gemm which makes `a`."""
     signature = f"g (float[n,16] x, float[n,16] other, float[16,16] w, float[16] row) => ({outputs}) {constants}"
-    model = model_of(f"{signature} {{ [fc] a = Gemm(x, w) {nodes} }}", weights="w row")
+    return activation_in(f"{signature} {{ [fc] a = Gemm(x, w) {nodes} }}")
+
+
+def activation_in(text: str) -> Activation | None:
+    """That of what makes `a`."""
+    model = model_of(text, weights="w row")
     InferShapes()(model)
     (value,) = [value for node in model.graph for value in node.outputs if value.name == "a"]
     return activation_of(value)
@@ -93,10 +97,7 @@ def test_a_constant_of_a_higher_rank_changes_the_shape() -> None:
 
 def test_a_constant_that_widens_the_only_channel() -> None:
     text = "g (float[n,16] x, float[16,1] w, float[4] row) => (float[n,4] y) { [fc] a = Gemm(x, w) y = Mul(a, row) }"
-    model = model_of(text, weights="w row")
-    InferShapes()(model)
-    (value,) = [value for node in model.graph for value in node.outputs if value.name == "a"]
-    assert activation_of(value) is None
+    assert activation_in(text) is None
 
 
 def test_a_body_is_no_activation() -> None:
@@ -117,5 +118,4 @@ def test_a_long_chain_is_followed_for_sixteen_nodes() -> None:
 def test_an_input_of_the_model_is_made_by_no_layer() -> None:
     model = model_of("g (float[n,16] x) => (float[n,16] y) { y = Relu(x) }")
     (value,) = model.graph.inputs
-    assert isinstance(value, ir.Value)
     assert activation_of(value) is None

@@ -396,7 +396,7 @@ def test_no_layer_is_moved_further_than_its_error_reaches() -> None:
         found = runner.run(batch)
         data = batch["x"].astype(np.float64)
         error = data @ stored(model, "w") - rounded(plan, "x", data) @ rounded(plan, "w", stored(model, "w"))
-        shift = found[output].sum(axis=0) / np.maximum(found[both.shares[output]].sum(axis=0), 1e-12)
+        shift = found[output].sum(axis=0) / np.maximum(found[both.slopes[output]].sum(axis=0), 1e-12)
         assert (np.abs(shift) <= 4 * np.abs(error).max(axis=0)).all()
 
 
